@@ -1,0 +1,107 @@
+"""One record -> one ``Example``: template, ids, labels, pictures, and the checks that belong to a single row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.conversation import Conversation
+from llava.data.collate import Example
+from llava.data.images import ImageLoader
+from llava.data.supervision import fill_template, tokenize_pieces
+from llava.errors import UserError, warn
+
+E = TypeVar("E")
+
+
+@dataclass
+class ExampleBuilder:
+    """What turns a record into ids, labels and pixels.
+
+    ``tokens_per_image`` (576 for CLIP-L/14 at 336) and ``max_length`` tell how much of a row survives the cut behind
+    the splice; ``vocab_size`` is the number of embedding rows.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: Conversation
+    load_image: ImageLoader
+    tokens_per_image: int
+    max_length: int | None
+    vocab_size: int
+    use_im_start_end: bool = False
+
+    def tokenize(
+        self, where: str, turns: list[dict[str, Any]], n_images: int, cut: Callable[[str], None] = warn
+    ) -> tuple[list[int], list[int]]:
+        """Ids and labels of a record's turns; ``cut(message)`` is called when none of its labels survives truncation.
+
+        Raises:
+            UserError: turns that cannot be used (see ``fill_template``), or ids the model has no embedding for.
+        """
+        conversation = fill_template(where, turns, self.template, n_images, self.use_im_start_end)
+        ids, labels = tokenize_pieces(conversation.training_pieces(), self.tokenizer)
+        if all(label == IGNORE_INDEX for label in labels):
+            raise UserError(f"{where}: no answer of 'gpt' with any text: nothing to learn; remove the record")
+        if max(ids) >= self.vocab_size:
+            raise UserError(
+                f"{where}: token id {max(ids)} ({self.tokenizer.convert_ids_to_tokens(max(ids))!r}) is outside the "
+                f"model's vocabulary of {self.vocab_size}; the tokenizer belongs to another model"
+            )
+        if not self.surviving_labels(ids, labels):
+            need = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX) + 1
+            need += n_images * (self.tokens_per_image - 1)
+            cut(
+                f"{where}: the cut to {self.max_length} tokens leaves nothing to learn (the answer begins at token "
+                f"{need}); raise --model_max_length"
+            )
+        return ids, labels
+
+    def surviving_labels(self, ids: Sequence[int], labels: Sequence[int]) -> int:
+        """How many labels are left when the row, images expanded, is cut to ``max_length``."""
+        position = kept = 0
+        for token, label in zip(ids, labels, strict=True):
+            is_image = token == IMAGE_TOKEN_INDEX
+            position += self.tokens_per_image if is_image else 1
+            if self.max_length and position > self.max_length:
+                break
+            kept += label != IGNORE_INDEX and not is_image
+        return kept
+
+    def example(self, where: str, ids: list[int], labels: list[int], paths: Sequence[str]) -> Example:
+        """Ids and labels with their pictures loaded."""
+        images = {path: self.load_image(path, where) for path in dict.fromkeys(paths)}
+        return Example(ids, labels, tuple(paths), images)
+
+
+class SkippingDataset(Dataset[E]):
+    """A dataset that can go on without pictures that turn out broken when they are opened.
+
+    With ``skip_missing_images`` a record whose picture cannot be decoded is replaced by the next one that can, and
+    named once; without it the error ends the run.
+    """
+
+    skip_missing_images: bool = False
+
+    def __len__(self) -> int:
+        raise TypeError("a subclass says how many records there are")
+
+    def make(self, index: int) -> E:
+        """The example at ``index``; raises UserError when its picture cannot be opened."""
+        raise TypeError("a subclass makes examples")
+
+    def __getitem__(self, index: int) -> E:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if not self.skip_missing_images:
+            return self.make(index)
+        for step in range(len(self)):
+            try:
+                return self.make((index + step) % len(self))
+            except UserError as error:
+                warn(f"{error}; the next record takes its place")
+        raise UserError("no picture of the data set can be opened", everywhere=False)

@@ -1,0 +1,102 @@
+"""Pictures from disk: all checked before training starts, opened with errors that name the file."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from llava.errors import UserError, warn
+from llava.mm_utils import preprocess_image
+
+SHOWN = 5  # how many missing files a message names
+
+
+def open_image(path: str | os.PathLike[str], where: str = "") -> Image.Image:
+    """An RGB picture, decoded whole.
+
+    Raises:
+        UserError: missing, truncated or not a picture; the message names the file (and ``where``, the record).
+    """
+    prefix = f"{where}: " if where else ""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{prefix}image {path} is missing", everywhere=False) from None
+    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"{prefix}image {path} is broken or truncated ({error}); fetch it again, or pass --skip_missing_images",
+            everywhere=False,
+        ) from None
+
+
+def missing_files(paths: Iterable[str]) -> set[str]:
+    """Which of ``paths`` do not exist. Every folder is listed once, so half a million files cost seconds, also on NFS."""
+    by_folder: dict[str, set[str]] = defaultdict(set)
+    for path in paths:
+        folder, name = os.path.split(path)
+        by_folder[folder].add(name)
+    missing: set[str] = set()
+    for folder, names in by_folder.items():
+        present = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        missing |= {os.path.join(folder, name) for name in names - present}
+    return missing
+
+
+def drop_missing(
+    records: list[tuple[str, Any]], images_of: Any, skip: bool, flag: str = "--image_folder"
+) -> list[tuple[str, Any]]:
+    """Records whose pictures all exist.
+
+    ``records`` are ``(where, record)`` pairs and ``images_of(record)`` the record's image paths.
+
+    Raises:
+        UserError: pictures are missing and ``skip`` is false (counted, the first few named), or none is left.
+    """
+    missing = missing_files(path for _, record in records for path in images_of(record))
+    if not missing:
+        return records
+    kept, lost, named = [], 0, []
+    for where, record in records:
+        gone = [path for path in images_of(record) if path in missing]
+        if not gone:
+            kept.append((where, record))
+            continue
+        lost += 1
+        if gone[0] not in {path for path, _ in named} and len(named) < SHOWN:
+            named.append((gone[0], where))
+    names = ", ".join(f"{path} ({where})" for path, where in named) + (", ..." if len(missing) > len(named) else "")
+    found = f"{len(missing)} image(s) missing, in {lost} of {len(records)} records: {names}"
+    if not skip:
+        raise UserError(f"{found}; check {flag}, or pass --skip_missing_images to go on without them")
+    if not kept:
+        raise UserError(f"{found}; no record is left; check {flag}")
+    warn(f"{found}; going on without them")
+    return kept
+
+
+class ImageLoader:
+    """Path -> pixel values (3, H, W), with the model's processor and aspect ratio."""
+
+    def __init__(self, image_processor: Any, image_aspect_ratio: str | None) -> None:
+        self.image_processor = image_processor
+        self.image_aspect_ratio = image_aspect_ratio
+
+    def __call__(self, path: str, where: str) -> torch.Tensor:
+        return preprocess_image(open_image(path, where), self.image_processor, self.image_aspect_ratio)
+
+    def blank(self) -> torch.Tensor:
+        """What stands in for a picture where a batch has none, (3, H, W)."""
+        size = self.image_processor.crop_size
+        return torch.zeros(3, size["height"], size["width"])
+
+
+def join(folder: str | os.PathLike[str] | None, name: str) -> str:
+    """Path of ``name`` under ``folder``, as text."""
+    return str(Path(folder or "") / name)

@@ -1,0 +1,56 @@
+"""Errors that a user can mend: one line, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+EXIT_BAD_INPUT = 2
+
+
+class UserError(Exception):
+    """Input that cannot be used. The message names the file, the record, the key and the mend, on one line.
+
+    ``everywhere`` says that every rank meets the same error (bad flags, bad files read at start-up), so only
+    rank 0 needs to print it. An error met inside training or a data worker may exist on one rank only.
+    """
+
+    def __init__(self, message: str, *, everywhere: bool = True) -> None:
+        if "Original Traceback" in message:
+            # A DataLoader worker's exception arrives as the text of its traceback; the last line is the message.
+            message = message.strip().splitlines()[-1].split("UserError: ", 1)[-1]
+            everywhere = False
+        super().__init__(" ".join(message.split("\n")))
+        self.everywhere = everywhere
+
+
+def warn(message: str) -> None:
+    """One warning line on stderr, from rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def command_line(main: Callable[[], T]) -> Callable[[], T]:
+    """Turn a ``UserError`` raised by a script's ``main`` into one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def run() -> T:
+        try:
+            return main()
+        except UserError as error:
+            rank = os.environ.get("RANK", "0")
+            if rank == "0" or not error.everywhere:
+                where = f"[rank {rank}] " if rank != "0" else ""
+                print(f"{where}error: {error}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            # The other ranks may be waiting in a collective: the interpreter's exit would wait for them.
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                os._exit(EXIT_BAD_INPUT)
+            sys.exit(EXIT_BAD_INPUT)
+
+    return run

@@ -1,0 +1,351 @@
+"""Files -> model. Any checkpoint is known by what its folder holds, never by the folder's name.
+
+Every way in ends in ``assemble``: one state dict with the module's own names (language model, connector, tower), one
+explicit dtype, one ``from_pretrained``, which also serves ZeRO-3, device maps and quantization.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPImageProcessorPil, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.errors import UserError, warn
+from llava.files import existing, read_json
+from llava.model.checkpoint import (
+    ADAPTER_WEIGHTS,
+    CONNECTOR,
+    NON_LORA,
+    PROJECTOR,
+    TOWER,
+    State,
+    assign,
+    first_of,
+    has_weights,
+    read_connector,
+    read_model_weights,
+    read_tensors,
+    read_tower_weights,
+    strip_prefixes,
+)
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.llava_qwen2 import LlavaQwen2Config, LlavaQwen2ForCausalLM
+from llava.model.multimodal_encoder.builder import vision_config
+from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.tokenization import load_tokenizer
+
+# model_type on disk -> our classes. "llava" is what the released v1.5 says; it is also Hugging Face's own format, which
+# keeps the language model's sizes in "text_config" instead.
+FAMILIES: dict[str, tuple[type, type]] = {
+    "llava": (LlavaConfig, LlavaLlamaForCausalLM),
+    "llava_llama": (LlavaConfig, LlavaLlamaForCausalLM),
+    "llava_qwen2": (LlavaQwen2Config, LlavaQwen2ForCausalLM),
+}
+LANGUAGE_MODELS = {"llama": "llava_llama", "qwen2": "llava_qwen2"}
+
+# What decides a tower's arithmetic.
+CLIP_SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "projection_dim",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_channels",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+)
+
+# LoRA belongs to the language model. Bare target names would also match the tower's q/k/v_proj.
+LORA_EXCLUDED = r".*(vision_tower|mm_projector).*"
+
+
+def local_folder(name_or_path: str, flag: str, near: Path | None = None, cache_dir: str | None = None) -> Path:
+    """The folder a path or hub id stands for.
+
+    A relative path is looked for in the working directory, then (``near``) inside and beside another checkpoint's
+    folder; what is not a local folder is fetched from the hub.
+    """
+    places = [Path(name_or_path).expanduser()]
+    if near is not None:
+        places += [near / name_or_path, near.parent / name_or_path]
+    for place in places:
+        if place.is_dir():
+            return place
+    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
+        raise UserError(f"{flag} {name_or_path}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name_or_path, cache_dir=cache_dir))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{flag} {name_or_path}: no such folder, and the hub does not give it ({type(error).__name__})"
+        ) from None
+
+
+def read_config(folder: Path, flag: str = "--model-path") -> dict[str, Any]:
+    """``config.json`` of a LLaVA in its original format.
+
+    Raises:
+        UserError: another kind of model, with what was found and what is expected.
+    """
+    config = read_json(existing(folder / "config.json", flag))
+    kind = config.get("model_type")
+    if config.get("text_config"):
+        raise UserError(
+            f"{flag} {folder}: Hugging Face's LlavaForConditionalGeneration format; expected the original LLaVA format "
+            "(liuhaotian/llava-v1.5-7b, not llava-hf/llava-1.5-7b-hf)"
+        )
+    if kind not in FAMILIES:
+        raise UserError(
+            f"{flag} {folder}: model_type '{kind}' cannot be loaded; expected one of {', '.join(FAMILIES)}"
+            + (" (a plain language model becomes a LLaVA with train_pretrain.py)" if kind in LANGUAGE_MODELS else "")
+        )
+    aspect, merge = config.get("image_aspect_ratio"), config.get("mm_patch_merge_type")
+    if aspect == "anyres" or (merge or "flat") != "flat":
+        raise UserError(
+            f"{flag} {folder}: a LLaVA-1.6 (anyres) checkpoint (image_aspect_ratio {aspect}, mm_patch_merge_type "
+            f"{merge}) cannot be loaded; expected LLaVA-1.5"
+        )
+    if config.get("mm_hidden_size") is None or not (config.get("mm_vision_tower") or config.get("mm_vision_config")):
+        raise UserError(f"{flag} {folder}: config.json names no vision tower (mm_vision_tower, mm_hidden_size)")
+    return config
+
+
+def with_tower(
+    config: dict[str, Any], folder: Path, cache_dir: str | None = None
+) -> tuple[dict[str, Any], Path | None]:
+    """``config`` with the tower's shape filled in (``mm_vision_config``), and the tower's folder where there is one."""
+    name = config.get("mm_vision_tower")
+    if config.get("mm_vision_config"):
+        try:
+            return config, local_folder(name, "mm_vision_tower", folder, cache_dir) if name else None
+        except UserError:
+            return config, None  # the weights may be inside; `assemble` says so if they are not
+    tower = local_folder(name, f"{folder / 'config.json'}: mm_vision_tower", folder, cache_dir)
+    return {**config, "mm_vision_config": tower_shape(tower)}, tower
+
+
+def tower_shape(tower: Path) -> dict[str, Any]:
+    """A CLIP folder's vision configuration, without what belongs to its files."""
+    shape = vision_config(str(tower)).to_dict()
+    return {key: shape[key] for key in CLIP_SHAPE}
+
+
+def assemble(
+    config: dict[str, Any],
+    state: State,
+    source: Path,
+    dtype: torch.dtype,
+    tower: Path | None = None,
+    device_map: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """A model of ``config`` with the weights in ``state``; the tower's come from its folder where ``state`` has none.
+
+    Raises:
+        UserError: weights are missing, too many, or of another shape.
+    """
+    config_class, model_class = FAMILIES[config["model_type"]]
+    skipped = ("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path")
+    settings = config_class(**{k: v for k, v in config.items() if k not in skipped})
+    if not any(key.startswith(TOWER) for key in state):
+        if tower is None:
+            raise UserError(
+                f"{source}: no vision tower inside, and mm_vision_tower {config.get('mm_vision_tower')} is missing"
+            )
+        state = {**state, **read_tower_weights(tower)}
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # its load report; ours is below
+    if device_map is not None:
+        kwargs["device_map"] = device_map
+    try:
+        model, info = model_class.from_pretrained(
+            None, config=settings, state_dict=state, dtype=dtype, output_loading_info=True, **kwargs
+        )
+    except RuntimeError as error:
+        if "size mismatch" not in str(error) and "mismatched" not in str(error):
+            raise
+        raise UserError(f"{source}: weights do not fit config.json ({str(error).splitlines()[-1].strip()})") from None
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ()) if settings.tie_word_embeddings else set()
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(str(key) for key in set(info[what]) - tied)
+        if keys:
+            kind = what.removesuffix("_keys")
+            raise UserError(f"{source}: {len(keys)} {kind} weights for a {model_class.__name__}, first: {keys[0]}")
+    model.generation_config = _generation_config(source, model)
+    model.name_or_path = model.config._name_or_path = str(source)  # adapters name it as their base
+    return model
+
+
+def _generation_config(folder: Path, model: Any) -> GenerationConfig:
+    """The folder's, made greedy: Vicuna's has a temperature without sampling, which cannot be saved again."""
+    file = folder / "generation_config.json"
+    given = read_json(file) if file.is_file() else {}
+    keep = ("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "repetition_penalty")
+    settings = {k: getattr(model.config, k, None) for k in keep[:3]}
+    settings.update({k: given[k] for k in keep if given.get(k) is not None})
+    return GenerationConfig(**{k: v for k, v in settings.items() if v is not None})
+
+
+def load_image_processor(folder: Path, tower: Path | None) -> CLIPImageProcessorPil:
+    """The checkpoint's own image processor, else its tower's; Pillow, as upstream, not torchvision."""
+    for place in (folder, tower):
+        if place is not None and (place / "preprocessor_config.json").is_file():
+            return CLIPImageProcessorPil.from_pretrained(place)
+    raise UserError(f"{folder}: no preprocessor_config.json there nor in its vision tower's folder {tower}")
+
+
+def blank_config(folder: Path, model_args: Any, cache_dir: str | None = None) -> tuple[dict[str, Any], Path]:
+    """Config of a LLaVA on the language model in ``folder`` with the tower that the flags name, and the tower's folder.
+
+    Upstream's defaults where a flag is not given: connector ``linear``, last layer of the tower, ``patch``.
+    """
+    tower = local_folder(model_args.vision_tower, "--vision_tower", cache_dir=cache_dir)
+    shape = tower_shape(tower)
+    config = read_json(folder / "config.json")
+    layer = model_args.mm_vision_select_layer
+    config.update(
+        model_type=LANGUAGE_MODELS[config["model_type"]],
+        mm_vision_tower=model_args.vision_tower,
+        mm_vision_config=shape,
+        mm_hidden_size=shape["hidden_size"],
+        mm_projector_type=model_args.mm_projector_type or "linear",
+        mm_vision_select_layer=-1 if layer is None else layer,
+        mm_vision_select_feature=model_args.mm_vision_select_feature or "patch",
+        mm_use_im_start_end=False,
+        mm_use_im_patch_token=False,
+        use_mm_proj=True,
+    )
+    return config, tower
+
+
+def fresh_connector(config: dict[str, Any], seed: int) -> State:
+    """A new connector's weights: the same on every rank and in every run of a seed, whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        connector = build_vision_projector(PretrainedConfig(**config))
+    return {PROJECTOR + key: value for key, value in connector.state_dict().items()}
+
+
+def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
+    """``model`` with the LoRA in ``folder`` on it, as LLaVA, HA-DPO and this toolkit write it."""
+    from peft import PeftConfig, PeftModel
+
+    non_lora = first_of(folder, NON_LORA)
+    if non_lora is not None:
+        assign(model, strip_prefixes(read_tensors(non_lora)), non_lora)
+    weights = first_of(folder, ADAPTER_WEIGHTS)
+    if weights is None:
+        raise UserError(f"{folder}: no adapter weights; expected {' or '.join(ADAPTER_WEIGHTS)}")
+    read_tensors(weights)  # a damaged or unsafe file is refused here, with its name
+    settings = PeftConfig.from_pretrained(folder)
+    if getattr(settings, "exclude_modules", None) is None:
+        settings.exclude_modules = LORA_EXCLUDED
+    return PeftModel.from_pretrained(model, folder, config=settings, is_trainable=trainable)
+
+
+def load_pretrained_model(
+    model_path: str,
+    model_base: str | None,
+    model_name: str | None = None,
+    load_8bit: bool = False,
+    load_4bit: bool = False,
+    device_map: Any = "auto",
+    device: str = "cuda",
+    use_flash_attn: bool = False,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    cache_dir: str | None = None,
+) -> tuple[PreTrainedTokenizerBase, Any, CLIPImageProcessorPil, int]:
+    """Upstream's loader: ``(tokenizer, model, image_processor, context_len)``, ready to generate.
+
+    ``model_path`` may hold a whole model, a LoRA (with ``non_lora_trainables``) or only a connector
+    (``mm_projector.bin``); the latter two need ``model_base``. ``model_name`` is accepted and not needed. The dtype is
+    float16 on CUDA, as upstream, and float32 on the CPU unless ``dtype`` says otherwise. LoRA weights are merged.
+
+    Raises:
+        UserError: what was found cannot be loaded, with what to pass instead.
+    """
+    on_cuda = str(device).startswith("cuda") and torch.cuda.is_available()
+    dtype = dtype or (torch.float16 if on_cuda else torch.float32)
+    options: dict[str, Any] = {}
+    if on_cuda:
+        options["device_map"] = device_map if device == "cuda" else {"": device}
+    if use_flash_attn or attn_implementation:
+        options["attn_implementation"] = attn_implementation or "flash_attention_2"
+    if load_8bit or load_4bit:
+        options["quantization_config"] = _quantization(load_4bit, dtype)
+
+    folder = local_folder(model_path, "--model-path", cache_dir=cache_dir)
+    is_lora = (folder / "adapter_config.json").is_file()
+    is_connector = not is_lora and not has_weights(folder) and first_of(folder, CONNECTOR) is not None
+    if not (is_lora or is_connector):
+        if model_base is not None:
+            warn(f"--model-base {model_base} is not used: {model_path} is a whole model")
+        config, tower = with_tower(read_config(folder), folder, cache_dir)
+        model = assemble(config, read_model_weights(folder), folder, dtype, tower, **options)
+        base = folder
+    else:
+        if model_base is None:
+            what = "a LoRA adapter" if is_lora else "only a connector"
+            raise UserError(f"--model-path {model_path} holds {what}; pass the model it was trained on as --model-base")
+        base = local_folder(model_base, "--model-base", cache_dir=cache_dir)
+        config, tower = with_tower(read_config(folder), folder, cache_dir)
+        if tower is None:
+            config, tower = with_tower(config, base, cache_dir)
+        state = read_model_weights(base)
+        if is_connector or not any(key.startswith(PROJECTOR) for key in state):
+            connector = first_of(folder, CONNECTOR if is_connector else NON_LORA)
+            if connector is None:
+                raise UserError(f"--model-base {model_base} has no connector, and {folder} brings none")
+            state = {**state, **read_connector(connector)}
+        model = assemble(config, state, base, dtype, tower, **options)
+        if is_lora:
+            model = load_adapter(model, folder).merge_and_unload()
+    if not on_cuda and device not in ("cuda", "cpu"):
+        model = model.to(device)
+
+    own_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(folder if own_tokenizer else base)
+    _add_image_marks(model, tokenizer)
+    context_len = getattr(model.config, "max_sequence_length", 2048)
+    return tokenizer, model.eval(), load_image_processor(folder, tower), context_len
+
+
+def _add_image_marks(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Old checkpoints mark pictures with tokens of their own; their embeddings are in the checkpoint."""
+    marks = []
+    if getattr(model.config, "mm_use_im_patch_token", False):
+        marks.append(DEFAULT_IMAGE_PATCH_TOKEN)
+    if getattr(model.config, "mm_use_im_start_end", False):
+        marks += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
+    if marks:
+        tokenizer.add_tokens(marks, special_tokens=True)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer))
+
+
+def _quantization(load_4bit: bool, dtype: torch.dtype) -> Any:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UserError("--load-8bit and --load-4bit need bitsandbytes; pip install bitsandbytes") from None
+    from transformers import BitsAndBytesConfig
+
+    skipped = ["mm_projector", "vision_tower", "lm_head"]
+    if load_4bit:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_quant_type="nf4",
+            llm_int8_skip_modules=skipped,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)

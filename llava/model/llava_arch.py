@@ -1,0 +1,312 @@
+"""LLaVA around a decoder.
+
+    images -> vision tower -> connector --+
+                                          +-> splice -> backbone -> gather labelled rows -> lm_head
+    input_ids ----------> embeddings -----+
+
+Each arrow is a call of its own (``encode_images``, ``splice``, ``backbone``, ``head``), so that a prefix, a picture or
+a part of the forward can be shared between rows, questions or models. Training calls ``forward`` only: under DDP and
+ZeRO a part called past the wrapper is not synchronised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.errors import UserError
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_projector.builder import build_vision_projector
+
+Images = torch.Tensor | Sequence[torch.Tensor]
+
+
+class Spliced(NamedTuple):
+    """Rows with their pictures in place; what the caller did not pass comes back as None, as upstream has it."""
+
+    inputs_embeds: torch.Tensor  # (B, L', D)
+    attention_mask: torch.Tensor | None  # (B, L') bool
+    position_ids: torch.Tensor | None  # (B, L')
+    labels: torch.Tensor | None  # (B, L')
+
+
+@dataclass
+class LlavaOutput(CausalLMOutputWithPast):
+    """``labels`` are those of the spliced rows (B, L'); with ``logits_at_labels`` the logits are (n_labels, V), in
+    row-major order of ``labels[:, 1:] != IGNORE_INDEX``."""
+
+    labels: torch.Tensor | None = None
+
+
+class LlavaMetaModel:
+    """Adds the tower and the connector to a decoder that names them in its config."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.vision_tower: CLIPVisionTower | None = None
+        self.mm_projector: nn.Module | None = None
+        if getattr(config, "mm_vision_config", None):
+            self.vision_tower = build_vision_tower(config)
+            self.mm_projector = build_vision_projector(config)
+
+    def get_vision_tower(self) -> CLIPVisionTower | None:
+        return self.vision_tower
+
+
+class LlavaMetaForCausalLM:
+    """The multimodal forward, for any causal LM whose backbone is a ``LlavaMetaModel``."""
+
+    # The loss is already the mean over this batch's labels; the Trainer divides it by the accumulation steps.
+    accepts_loss_kwargs = False
+
+    def get_model(self) -> Any:
+        return self.model
+
+    def get_vision_tower(self) -> CLIPVisionTower | None:
+        return self.model.get_vision_tower()
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) -> tower (N, T, D_vision) -> connector (N, T, D)."""
+        features = self.model.vision_tower(images)
+        # Parameters and not the tower's dtype: under autocast or ZeRO the two parts may differ.
+        dtype = next((p.dtype for p in self.model.mm_projector.parameters()), features.dtype)
+        return self.model.mm_projector(features.to(dtype))
+
+    def splice(
+        self,
+        input_ids: torch.Tensor,
+        features: torch.Tensor,
+        image_index: torch.Tensor | list[list[int]],
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        padding_side: str | None = None,
+    ) -> Spliced:
+        """Put each picture's features (N, T, D) where its -200 stands in ``input_ids`` (B, L).
+
+        Padding is taken off by ``attention_mask``, rows are cut to ``config.tokenizer_model_max_length`` and padded
+        again to the longest, on ``padding_side`` (default: ``config.tokenizer_padding_side``, else right). Positions
+        count real tokens only.
+
+        Raises:
+            UserError: a row's number of -200 differs from its number of pictures (one unused picture is allowed to
+                a row without any -200), or an id is outside the vocabulary.
+        """
+        index = image_index.tolist() if isinstance(image_index, torch.Tensor) else image_index
+        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        row_ids = [ids[mask] for ids, mask in zip(input_ids, keep, strict=True)]
+        row_labels = [
+            torch.full_like(ids, IGNORE_INDEX) if labels is None else labels[b][keep[b]]
+            for b, ids in enumerate(row_ids)
+        ]
+        self._check_ids(input_ids, keep)
+        text = self.get_input_embeddings()(input_ids.masked_fill(~keep | (input_ids == IMAGE_TOKEN_INDEX), 0))
+
+        max_length = getattr(self.config, "tokenizer_model_max_length", None)
+        embeds, new_labels = [], []
+        for b, (ids, labs) in enumerate(zip(row_ids, row_labels, strict=True)):
+            slots = [slot for slot in index[b] if slot >= 0]
+            marks = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
+            if len(marks) != len(slots) and not (len(marks) == 0 and len(slots) == 1):
+                raise UserError(
+                    f"row {b} of the batch: {len(marks)} <image> in the text for {len(slots)} image(s); "
+                    "write one <image> for every image"
+                )
+            row = text[b][keep[b]]
+            pieces, piece_labels, start = [], [], 0
+            for mark, slot in zip(marks, slots, strict=False):
+                pieces += [row[start:mark], features[slot].to(row)]
+                piece_labels += [labs[start:mark], labs.new_full((features.shape[1],), IGNORE_INDEX)]
+                start = mark + 1
+            # An empty slice of the features ties a text-only row to the connector, so that it gets its (zero) gradient
+            # on every rank.
+            pieces += [row[start:], features[0, :0].to(row)]
+            piece_labels.append(labs[start:])
+            embeds.append(torch.cat(pieces)[:max_length])
+            new_labels.append(torch.cat(piece_labels)[:max_length])
+
+        side = padding_side or getattr(self.config, "tokenizer_padding_side", None) or "right"
+        lengths = torch.tensor([len(e) for e in embeds], device=input_ids.device)
+        inputs_embeds = pad_sequence(embeds, batch_first=True, padding_side=side)  # (B, L', D)
+        padded_labels = pad_sequence(new_labels, batch_first=True, padding_value=IGNORE_INDEX, padding_side=side)
+        steps = torch.arange(inputs_embeds.shape[1], device=input_ids.device)
+        shift = (inputs_embeds.shape[1] - lengths if side == "left" else torch.zeros_like(lengths))[:, None]
+        real = (steps >= shift) & (steps < shift + lengths[:, None])  # (B, L')
+        return Spliced(
+            inputs_embeds,
+            None if attention_mask is None else real,
+            None if position_ids is None else (steps - shift).clamp(min=0) * real,
+            None if labels is None else padded_labels,
+        )
+
+    def _check_ids(self, input_ids: torch.Tensor, keep: torch.Tensor) -> None:
+        rows = self.get_input_embeddings().num_embeddings
+        bad = keep & (input_ids != IMAGE_TOKEN_INDEX) & ((input_ids < 0) | (input_ids >= rows))
+        if bad.any():
+            b, position = bad.nonzero()[0].tolist()
+            raise UserError(
+                f"row {b} of the batch: token id {int(input_ids[b, position])} at position {position} is outside the "
+                f"model's vocabulary of {rows}; the tokenizer belongs to another model"
+            )
+
+    def backbone(self, **inputs: Any) -> Any:
+        """Embeddings (B, L', D) -> last hidden states (B, L', D), with the decoder's own arguments."""
+        return self.model(**inputs)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> logits (..., V)."""
+        return self.lm_head(hidden)
+
+    def prepare_inputs_labels_for_multimodal(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Any,
+        labels: torch.Tensor | None,
+        images: Images | None,
+        image_sizes: Any = None,
+        image_index: torch.Tensor | None = None,
+        padding_side: str | None = None,
+    ) -> tuple[Any, ...]:
+        """Upstream's name and order: ids and pictures -> (None, position_ids, mask, cache, inputs_embeds, labels).
+
+        Nothing changes where there is no tower, no picture, or only the next token of a generation.
+        """
+        if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
+            return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        pixels = _stack(images)
+        if image_index is None:
+            image_index = rows_in_order(input_ids, attention_mask, len(pixels))
+        features = self.encode_images(pixels)
+        row = self.splice(input_ids, features, image_index, attention_mask, position_ids, labels, padding_side)
+        return None, row.position_ids, row.attention_mask, past_key_values, row.inputs_embeds, row.labels
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        images: Images | None = None,
+        image_sizes: Any = None,
+        image_index: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        logits_at_labels: bool = False,
+        with_loss: bool = True,
+        **decoder_kwargs: Any,
+    ) -> LlavaOutput:
+        """Upstream's forward; see ``llava.data.collate`` for the batch.
+
+        Without ``image_index`` pictures belong to rows in order of their -200. ``logits_at_labels`` runs the head only
+        where the next token is labelled. The loss is the mean over the batch's labels, in float32; a caller with a
+        loss of its own turns it off.
+        """
+        if inputs_embeds is None:
+            input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
+                self.prepare_inputs_labels_for_multimodal(
+                    input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes, image_index
+                )
+            )
+        outputs = self.backbone(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **decoder_kwargs,
+        )
+        hidden = outputs.last_hidden_state  # (B, L', D)
+        if logits_at_labels:
+            labelled = labels[:, 1:] != IGNORE_INDEX
+            logits = self.head(hidden[:, :-1][labelled])  # (n_labels, V)
+            loss = label_loss(logits, labels[:, 1:][labelled]) if with_loss else None
+        else:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+            keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else keep
+            logits = self.head(hidden[:, keep])  # (B, L', V)
+            wanted = with_loss and labels is not None
+            loss = label_loss(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()) if wanted else None
+        return LlavaOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            labels=labels,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        images: Images | None = None,
+        image_sizes: Any = None,
+        image_index: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """New ids only (the prompt is not repeated), (B, n_new). Rows of different length are padded on the left."""
+        inputs = kwargs.pop("input_ids", inputs)
+        if "inputs_embeds" in kwargs:
+            raise ValueError("generate() takes input ids and images; `inputs_embeds` is not supported")
+        if images is None:
+            prompt = inputs.shape[1]
+            return super().generate(inputs, attention_mask=attention_mask, **kwargs)[:, prompt:]
+        if attention_mask is None:
+            attention_mask = torch.ones_like(inputs, dtype=torch.bool)
+        # The next token is written at the right end of every row.
+        _, _, mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
+            inputs, None, attention_mask, None, None, images, image_sizes, image_index, padding_side="left"
+        )
+        return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+
+
+def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood in float32: logits (n, V), labels (n,). Zero where nothing is labelled."""
+    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def _stack(images: Images) -> torch.Tensor:
+    """Upstream's forms of a batch of pictures -> (N, 3, H, W)."""
+    if isinstance(images, torch.Tensor) and images.ndim == 4:
+        return images
+    # A list holds one picture (3, H, W) or several (n, 3, H, W) an entry; a 5-D tensor is a batch of the latter.
+    return torch.cat([image[None] if image.ndim == 3 else image for image in images])
+
+
+def rows_in_order(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, n_images: int) -> list[list[int]]:
+    """Which pictures belong to which row when the caller passes them in order, as upstream's callers do.
+
+    A row takes as many as it has -200. Upstream's collator also brings one unused picture for every text-only row, so
+    those count as one where the numbers say so.
+
+    Raises:
+        UserError: the numbers fit neither way.
+    """
+    marks = input_ids == IMAGE_TOKEN_INDEX
+    if attention_mask is not None:
+        marks &= attention_mask.bool()
+    counts = marks.sum(1).tolist()
+    for taken in (counts, [max(count, 1) for count in counts]):
+        if sum(taken) == n_images:
+            starts = [sum(taken[:row]) for row in range(len(taken))]
+            return [list(range(start, start + n)) for start, n in zip(starts, taken, strict=True)]
+    rows = ", ".join(f"row {row}: {count}" for row, count in enumerate(counts))
+    raise UserError(
+        f"{n_images} image(s) for {sum(counts)} <image> in the batch ({rows}); write one <image> for every image"
+    )

@@ -1,0 +1,105 @@
+"""``run.json``: how an output folder came to be, enough to repeat it."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llava.files import sha256, write_json
+
+FILE = "run.json"
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "peft",
+    "tokenizers",
+    "sentencepiece",
+    "numpy",
+    "pillow",
+)
+LONGEST_DIFF = 100_000  # characters; a longer one is cut, and says so
+
+
+class RunCard:
+    """Written when a run starts and again when it ends (``finish``), each time whole."""
+
+    def __init__(
+        self, folder: str | os.PathLike[str], arguments: dict[str, Any], data: Iterable[str | None], seed: int
+    ) -> None:
+        self.path = Path(folder) / FILE
+        self._start = time.time()
+        self.content: dict[str, Any] = {
+            "command": shlex.join(sys.orig_argv),
+            "working_directory": str(Path.cwd()),
+            "arguments": arguments,
+            "git": git_state(),
+            "versions": versions(),
+            "data": {str(path): {"sha256": sha256(path), "bytes": Path(path).stat().st_size} for path in data if path},
+            "hardware": hardware(),
+            "seed": seed,
+            "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "status": "running",
+        }
+
+    def write(self) -> None:
+        """Write the card as it stands."""
+        write_json(self.path, self.content)
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """The run ended well: wall time in seconds and final metrics."""
+        self.content.update(status="finished", wall_time_s=round(time.time() - self._start, 3), metrics=metrics)
+        self.write()
+
+
+def git_state() -> dict[str, str] | None:
+    """Commit and uncommitted changes of the code that runs; None where it is no git checkout."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, text=True, check=True, errors="replace"
+        ).stdout
+
+    try:
+        diff = git("diff", "HEAD")
+        cut = "" if len(diff) <= LONGEST_DIFF else f"\n[cut: {len(diff)} characters in all]"
+        return {"commit": git("rev-parse", "HEAD").strip(), "diff": diff[:LONGEST_DIFF] + cut}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide a number."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Host, processors and accelerators of this process's world."""
+    import torch
+
+    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": cards,
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }

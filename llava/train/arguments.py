@@ -1,0 +1,344 @@
+"""Command lines of the training scripts: upstream's flags, checked against each other before anything is loaded.
+
+A flag does what it says. One that cannot be honoured is refused with the reason; one that upstream's commands carry
+and that has nothing to do here gets a log line (``NOTHING_TO_DO``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import os
+import sys
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from llava.conversation import template
+from llava.errors import UserError, warn
+from llava.files import existing, read_json
+
+TRAIN_TYPES = ("projector", "use_lora", "none", "freeze_vision")
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and which of its parts train."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "LLaVA checkpoint, or an LLM to build one on"}
+    )
+    version: str = field(
+        default="v1", metadata={"help": "conversation template: v0, v1, llava_v1, plain, llama_2, mpt, qwen"}
+    )
+    vision_tower: str | None = field(default=None, metadata={"help": "CLIP folder or hub id"})
+    mm_projector_type: str | None = field(default=None, metadata={"help": "linear | mlp<N>x_gelu | identity"})
+    mm_vision_select_layer: int | None = field(
+        default=None, metadata={"help": "hidden state of the tower (LLaVA-1.5: -2)"}
+    )
+    mm_vision_select_feature: str | None = field(default=None, metadata={"help": "patch | cls_patch"})
+    pretrain_mm_mlp_adapter: str | None = field(
+        default=None, metadata={"help": "connector to start from (mm_projector.bin)"}
+    )
+    mm_use_im_start_end: bool = field(default=False, metadata={"help": "only False: new tokens are not trained here"})
+    mm_use_im_patch_token: bool = field(default=False, metadata={"help": "only False: the token is never used"})
+    mm_patch_merge_type: str = field(default="flat", metadata={"help": "only flat: anyres is not supported"})
+    freeze_backbone: bool = field(default=False, metadata={"help": "freeze the decoder; lm_head and connector train"})
+    tune_mm_mlp_adapter: bool = field(default=False, metadata={"help": "train the connector only"})
+    freeze_mm_mlp_adapter: bool = field(default=False, metadata={"help": "freeze the connector"})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa (default) | eager | flash_attention_2"}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.model_name_or_path:
+            raise UserError(
+                "--model_name_or_path is missing: pass a LLaVA checkpoint, or a language model with --vision_tower"
+            )
+        template(self.version)
+        for flag in ("mm_use_im_start_end", "mm_use_im_patch_token"):
+            if getattr(self, flag):
+                raise UserError(f"--{flag} True is not supported: LLaVA-1.5 uses no extra image tokens; pass False")
+        if self.mm_patch_merge_type != "flat":
+            raise UserError(f"--mm_patch_merge_type {self.mm_patch_merge_type} is LLaVA-1.6 (anyres); expected flat")
+        if self.mm_vision_select_feature not in (None, "patch", "cls_patch"):
+            raise UserError(f"--mm_vision_select_feature {self.mm_vision_select_feature}: expected patch or cls_patch")
+
+
+@dataclass
+class ImageArguments:
+    """How pictures are found and prepared."""
+
+    image_folder: str | None = field(default=None, metadata={"help": "folder that image paths are relative to"})
+    image_aspect_ratio: str | None = field(
+        default=None, metadata={"help": "pad | square (CLIP's centre crop); default: the checkpoint's, else square"}
+    )
+    skip_missing_images: bool = field(default=False, metadata={"help": "go on without missing and broken pictures"})
+    lazy_preprocess: bool = field(
+        default=False, metadata={"help": "accepted: records are always processed when needed"}
+    )
+    is_multimodal: bool = field(default=True, metadata={"help": "accepted: always true"})
+
+    def __post_init__(self) -> None:
+        if self.image_aspect_ratio == "anyres":
+            raise UserError("--image_aspect_ratio anyres is LLaVA-1.6; expected pad or square")
+        if self.image_aspect_ratio not in (None, "pad", "square"):
+            raise UserError(f"--image_aspect_ratio {self.image_aspect_ratio}: expected pad or square")
+
+
+@dataclass
+class CaptionArguments(ImageArguments):
+    """Data of train_pretrain.py."""
+
+    data_path: str | None = field(default=None, metadata={"help": "LLaVA conversation JSON"})
+    eval_data_path: str | None = field(default=None, metadata={"help": "the same, held out"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        existing(self.data_path, "--data_path")
+        if self.eval_data_path:
+            existing(self.eval_data_path, "--eval_data_path")
+
+
+@dataclass
+class PreferenceArguments(ImageArguments):
+    """Data of train_dpo.py: HA-DPO's files over Visual Genome, own pairs, or both."""
+
+    vg_path: str | None = field(default=None, metadata={"help": "Visual Genome: image_data.json, VG_100K, VG_100K_2"})
+    desc_data_path: str | None = field(default=None, metadata={"help": "HA-DPO's desc_data.json"})
+    pope_data_path: str | None = field(default=None, metadata={"help": "HA-DPO's pope_data.json"})
+    data_path: str | None = field(
+        default=None, metadata={"help": "own pairs: JSONL of image, prompt, chosen, rejected"}
+    )
+    eval_data_path: str | None = field(
+        default=None, metadata={"help": "held-out pairs: own JSONL, or a HA-DPO desc/pope file over --vg_path"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.desc_data_path or self.pope_data_path or self.data_path):
+            raise UserError(
+                "no preference data: pass --desc_data_path and --pope_data_path with --vg_path, or --data_path"
+            )
+        if (self.desc_data_path or self.pope_data_path) and not self.vg_path:
+            raise UserError("--desc_data_path and --pope_data_path name Visual Genome images; pass --vg_path")
+
+
+@dataclass
+class LlavaTrainingArguments(TrainingArguments):
+    """Hugging Face's arguments, LLaVA's own, and the names that transformers 5 dropped and commands still use."""
+
+    optim: str = field(default="adamw_torch", metadata={"help": "optimizer"})
+    report_to: str | None = field(default="tensorboard", metadata={"help": "tensorboard | wandb | none"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "only False: the collator needs all of it"})
+    cache_dir: str | None = field(default=None, metadata={"help": "the hub's cache"})
+    model_max_length: int = field(default=512, metadata={"help": "rows are cut to it, images expanded"})
+    bits: int = field(default=16, metadata={"help": "only 16: training quantized models is not supported"})
+    double_quant: bool = field(default=True, metadata={"help": "belongs to --bits 4"})
+    quant_type: str = field(default="nf4", metadata={"help": "belongs to --bits 4"})
+    lora_enable: bool = field(default=False, metadata={"help": "train a LoRA on the language model"})
+    lora_r: int = field(default=64, metadata={"help": "LoRA rank"})
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA scale is alpha / r"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "LoRA dropout"})
+    lora_bias: str = field(default="none", metadata={"help": "none | all | lora_only"})
+    lora_weight_path: str | None = field(default=None, metadata={"help": "not supported"})
+    mm_projector_lr: float | None = field(default=None, metadata={"help": "rate of the connector; 0 freezes it"})
+    group_by_modality_length: bool = field(default=False, metadata={"help": "batches of like kind and length"})
+    mpt_attn_impl: str | None = field(default="triton", metadata={"help": "belongs to MPT, which is not supported"})
+
+    evaluation_strategy: str | None = field(default=None, metadata={"help": "older name of --eval_strategy"})
+    warmup_ratio: float | None = field(default=None, metadata={"help": "share of the steps; --warmup_steps goes first"})
+    logging_dir: str | None = field(default=None, metadata={"help": "where TensorBoard's files go"})
+    warmup_steps: float | None = field(default=None, metadata={"help": "steps of linear warm-up; 0 means none"})
+
+    def __post_init__(self) -> None:
+        if self.evaluation_strategy is not None:
+            self.eval_strategy = self.evaluation_strategy
+        if self.warmup_steps is None:
+            self.warmup_steps = self.warmup_ratio or 0
+        if self.logging_dir is not None:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
+        if self.activation_checkpointing is None:  # the name that transformers 5 moves to
+            self.activation_checkpointing = self.gradient_checkpointing
+        if self.activation_checkpointing_kwargs is None:
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs or {"use_reentrant": False}
+        self.gradient_checkpointing, self.gradient_checkpointing_kwargs = None, None
+        self._refuse()
+        self._fit_machine()
+        self.deepspeed = deepspeed_config(self.deepspeed, on_cpu=self.use_cpu)
+        try:
+            super().__post_init__()
+        except (ValueError, ImportError) as error:
+            raise UserError(" ".join(str(error).split())) from None
+        # Several cards in one process would mean DataParallel, which cuts a batch of shared pictures by rows.
+        self._n_gpu = min(self._n_gpu, 1)
+
+    def _refuse(self) -> None:
+        if self.bits != 16:
+            raise UserError(f"--bits {self.bits}: training quantized models is not supported; pass 16")
+        if self.lora_weight_path:
+            raise UserError("--lora_weight_path is not supported: merge the adapter into its base and start from that")
+        if self.mpt_attn_impl != "triton":
+            raise UserError("--mpt_attn_impl belongs to MPT models, which are not supported")
+        if self.remove_unused_columns:
+            raise UserError("--remove_unused_columns True is not supported: records become batches in the collator")
+        if self.lora_bias not in ("none", "all", "lora_only"):
+            raise UserError(f"--lora_bias {self.lora_bias}: expected none, all or lora_only")
+        if self.lora_r < 1:
+            raise UserError(f"--lora_r {self.lora_r}: expected 1 or more")
+        if self.fsdp:
+            raise UserError("--fsdp is not supported; use --deepspeed zero_configs/zero3.json")
+
+    def _fit_machine(self) -> None:
+        """What this machine cannot do is switched off with one line."""
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        if self.use_cpu and self.tf32:
+            warn("--tf32 True: there is no CUDA device; float32 stays float32")
+        if self.use_cpu:
+            self.tf32 = None
+        if self.use_cpu and self.fp16:
+            warn("--fp16 True: the CPU does not train in float16; float32 is used")
+            self.fp16 = False
+        wanted = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or ["none"])
+        for name in wanted:
+            if name == "wandb" and importlib.util.find_spec("wandb") is None:
+                warn("--report_to wandb: wandb is not installed (pip install wandb); logging to TensorBoard")
+                wanted = ["tensorboard" if n == "wandb" else n for n in wanted]
+        self.report_to = wanted
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+
+@dataclass
+class PretrainTrainingArguments(LlavaTrainingArguments):
+    """train_pretrain.py: LLaVA's defaults."""
+
+    train_type: str | None = field(
+        default=None,
+        metadata={"help": "projector | use_lora | none (everything) | freeze_vision (all but the tower)"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.train_type not in (None, *TRAIN_TYPES):
+            raise UserError(f"--train_type {self.train_type}: expected one of {', '.join(TRAIN_TYPES)}")
+        super().__post_init__()
+
+
+@dataclass
+class DPOTrainingArguments(LlavaTrainingArguments):
+    """train_dpo.py: HA-DPO's defaults, except where upstream's flag did nothing (then its effective value)."""
+
+    output_dir: str | None = field(default="./results", metadata={"help": "where everything is written"})
+    learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})
+    warmup_steps: float | None = field(
+        default=None, metadata={"help": "steps of linear warm-up; 0: none (default 100)"}
+    )
+    weight_decay: float = field(default=0.0, metadata={"help": "upstream says 0.05 and never applies it"})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "pairs per device"})
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "pairs per device"})
+    gradient_accumulation_steps: int = field(default=4, metadata={"help": "batches per optimizer step"})
+    gradient_checkpointing: bool | None = field(default=True, metadata={"help": "recompute activations, save memory"})
+    logging_steps: float = field(default=1, metadata={"help": "steps between log lines"})
+    save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints kept"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "upstream says 0.05 and sets every dropout to 0"})
+    run_name: str | None = field(default="dpo_llava-1.5", metadata={"help": "name of the run for the loggers"})
+
+    beta: float = field(default=0.5, metadata={"help": "DPO's beta (HA-DPO's recipe: 0.1)"})
+    optimizer_type: str | None = field(default=None, metadata={"help": "HA-DPO's name of --optim"})
+    max_prompt_length: int | None = field(default=None, metadata={"help": "not supported: use --model_max_length"})
+    max_length: int | None = field(default=None, metadata={"help": "not supported: use --model_max_length"})
+    log_freq: int | None = field(default=None, metadata={"help": "accepted: --logging_steps decides"})
+    ignore_bias_buffers: bool = field(default=False, metadata={"help": "accepted: there are no such buffers"})
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0:
+            raise UserError(f"--beta {self.beta}: expected a positive number")
+        for flag in ("max_prompt_length", "max_length"):
+            if getattr(self, flag) is not None:
+                raise UserError(f"--{flag} did nothing upstream and is not supported; --model_max_length cuts rows")
+        self.optim = self.optimizer_type or self.optim
+        if self.warmup_steps is None and self.warmup_ratio is None:
+            self.warmup_steps = 100
+        super().__post_init__()
+
+
+# Flags that upstream's commands carry and that have no work here.
+NOTHING_TO_DO = {
+    "lazy_preprocess": "records are always processed when they are needed",
+    "is_multimodal": "every model here is multimodal",
+    "log_freq": "--logging_steps decides",
+    "ignore_bias_buffers": "the models have no bias buffers",
+    "double_quant": "it belongs to --bits 4",
+    "quant_type": "it belongs to --bits 4",
+}
+
+
+def deepspeed_config(config: str | dict[str, Any] | None, on_cpu: bool) -> dict[str, Any] | None:
+    """``--deepspeed FILE`` read and checked; on the CPU, offload uses torch's AdamW, which needs no compiler.
+
+    Raises:
+        UserError: the file is missing, broken or no object.
+    """
+    if not config:
+        return None
+    if isinstance(config, str):
+        source, config = config, read_json(existing(config, "--deepspeed"))
+        if not isinstance(config, dict):
+            raise UserError(f"--deepspeed {source}: expected a JSON object")
+    else:
+        source = "--deepspeed"
+    for block, flag in (("optimizer", "--optim and per-group rates"), ("scheduler", "--lr_scheduler_type")):
+        if block in config:
+            warn(f"--deepspeed {source}: its '{block}' block overrides {flag}; remove it to have them obeyed")
+    if on_cpu:
+        config = {**config, "zero_force_ds_cpu_optimizer": config.get("zero_force_ds_cpu_optimizer", False)}
+        # Page-locked memory belongs to a device that is not there.
+        zero = json.loads(json.dumps(config.get("zero_optimization", {})))
+        for key in ("offload_optimizer", "offload_param"):
+            if key in zero:
+                zero[key].pop("pin_memory", None)
+        config["zero_optimization"] = zero
+    return config
+
+
+A = TypeVar("A")
+
+
+def parse(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple[Any, ...]:
+    """Command line -> dataclasses.
+
+    Raises:
+        UserError: an unknown flag (with the nearest known one), or values that do not go together.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = HfArgumentParser(classes, allow_abbrev=False)
+    *parsed, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if rest:
+        known = [option for action in parser._actions for option in action.option_strings]
+        name = rest[0].split("=")[0]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; --help lists the flags"
+        raise UserError(f"unknown flag {name}{hint}" if name.startswith("-") else f"unexpected argument '{name}'{hint}")
+    given = {arg.split("=")[0].removeprefix("--") for arg in argv if arg.startswith("--")}
+    for flag, reason in NOTHING_TO_DO.items():
+        if flag in given and os.environ.get("RANK", "0") == "0":
+            print(f"note: --{flag} has nothing to do here: {reason}", file=sys.stderr)
+    return tuple(parsed)
+
+
+def as_dict(*groups: Any) -> dict[str, Any]:
+    """All arguments by name, as JSON can hold them."""
+    values: dict[str, Any] = {}
+    for group in groups:
+        for f in fields(group):
+            value = getattr(group, f.name)
+            plain = value is None or isinstance(value, (bool, int, float, str, list, dict))
+            values[f.name] = getattr(value, "value", value) if plain else str(getattr(value, "value", value))
+    return values

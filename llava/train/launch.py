@@ -1,0 +1,64 @@
+"""The same script under plain python, torchrun and deepspeed, with and without a GPU, and no environment to set."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import warnings
+
+import torch
+
+
+def prepare_processes(argv: list[str] | None = None) -> None:
+    """Process groups as DeepSpeed and accelerate need them; call it first, before the arguments are parsed.
+
+    Without a GPU three things do not work by themselves: DeepSpeed in a single process (it looks for MPI), ZeRO-3's
+    loading (``deepspeed.comm`` is not initialised by accelerate) and the start-up itself where there is no compiler
+    (its shared-memory operator is built on first use, some 70 s).
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    quiet()
+    if not any(arg == "--deepspeed" or arg.startswith("--deepspeed=") for arg in argv):
+        return
+    on_cpu = not torch.accelerator.is_available() or "--use_cpu" in argv
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # accelerate reads it as "no DeepSpeed, please": the run would go on without ZeRO and say nothing.
+    if os.environ.pop("ACCELERATE_USE_CPU", None):
+        print("note: ACCELERATE_USE_CPU would switch DeepSpeed off; it is ignored", file=sys.stderr)
+    single = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    if "RANK" not in os.environ:
+        os.environ.update({name: os.environ.get(name, value) for name, value in single.items()})
+    import deepspeed
+
+    if on_cpu:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    else:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        deepspeed.init_distributed(verbose=False)
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on at the moment."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def quiet() -> None:
+    """Messages of libraries that say nothing a user could act on."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers fork after the tokenizer was used
+    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,0 +1,104 @@
+"""The reference model of DPO: the starting value of every tensor that trains.
+
+Whatever is frozen is shared with the policy. With LoRA the reference is the policy with its adapter off; a connector
+or head that trains too is kept as a copy (some 40 MB) and put in its place for the reference's forward. Only where the
+backbone itself trains is a whole second model needed. (HA-DPO keeps one always, and feeds it the policy's connector.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava.model.checkpoint import gathered
+from llava.model.multimodal_projector.builder import build_vision_projector
+
+# A part's place in the model, and an empty module of its shape.
+KEPT: dict[str, tuple[str, Callable[[Any], nn.Module]]] = {
+    "projector": ("model.mm_projector", build_vision_projector),
+    "lm_head": ("lm_head", lambda config: nn.Linear(config.hidden_size, config.vocab_size, bias=False)),
+}
+
+
+class SharedReference:
+    """The policy with its adapter off and kept copies of what else trains."""
+
+    def __init__(self, policy: nn.Module, parts: set[str]) -> None:
+        self.has_adapter = hasattr(policy, "disable_adapter")
+        inner = policy.get_base_model() if self.has_adapter else policy
+        self.kept: list[tuple[nn.Module, str, nn.Module]] = []
+        for part, (path, build) in KEPT.items():
+            if part not in parts:
+                continue
+            parent_path, _, name = path.rpartition(".")
+            parent = inner.get_submodule(parent_path) if parent_path else inner
+            copy = build(inner.config).requires_grad_(False).eval()
+            live = dict(getattr(parent, name).named_parameters())
+            for key, value in copy.named_parameters():
+                with gathered([live[key]]):
+                    value.data = live[key].detach().clone()
+            self.kept.append((parent, name, copy))
+        self.policy = policy
+
+    def place(self, accelerator: Any, train_args: Any) -> None:
+        """Nothing to place: the policy is already where it belongs."""
+
+    @contextlib.contextmanager
+    def forward_of(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """``policy`` (the wrapped model) computing the reference's outputs, without gradients."""
+        live = [parent._modules[name] for parent, name, _ in self.kept]
+        with torch.no_grad(), self.policy.disable_adapter() if self.has_adapter else contextlib.nullcontext():
+            try:
+                for (parent, name, copy), module in zip(self.kept, live, strict=True):
+                    now = next(module.parameters())
+                    parent._modules[name] = copy.to(now.device, now.dtype)  # DeepSpeed casts after the copy was taken
+                yield policy
+            finally:
+                for (parent, name, _), module in zip(self.kept, live, strict=True):
+                    parent._modules[name] = module
+
+
+class CopiedReference:
+    """A second model, loaded like the first and frozen."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.requires_grad_(False).eval()
+
+    def place(self, accelerator: Any, train_args: Any) -> None:
+        """On the device; partitioned over the ranks like the policy where that is ZeRO-3."""
+        plugin = accelerator.state.deepspeed_plugin
+        if plugin is None or plugin.zero_stage != 3:
+            # DeepSpeed casts the policy; the reference must round alike.
+            dtype = train_args.compute_dtype if plugin is not None else None
+            self.model = self.model.to(accelerator.device, dtype)
+            return
+        import deepspeed
+
+        zero = {"stage": 3, "offload_param": plugin.deepspeed_config["zero_optimization"].get("offload_param")}
+        config = {
+            "train_micro_batch_size_per_gpu": train_args.per_device_train_batch_size,
+            "zero_optimization": {k: v for k, v in zero.items() if v},
+            "bf16": {"enabled": train_args.bf16},
+            "fp16": {"enabled": train_args.fp16},
+        }
+        self.model = deepspeed.initialize(model=self.model, config=config)[0].eval()
+
+    @contextlib.contextmanager
+    def forward_of(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """The copy, without gradients."""
+        with torch.no_grad():
+            yield self.model
+
+
+Reference = SharedReference | CopiedReference
+
+
+def choose_reference(policy: nn.Module, parts: set[str], load_again: Callable[[], nn.Module]) -> Reference:
+    """The cheapest reference for ``parts`` that train; ``load_again`` is called only where the backbone does."""
+    if parts & {"backbone", "vision_tower"}:
+        return CopiedReference(load_again())
+    return SharedReference(policy, parts)

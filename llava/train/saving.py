@@ -1,0 +1,112 @@
+"""What a run leaves behind: a folder that loads again, in upstream's file names, whatever was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from llava.files import write_json
+from llava.model.checkpoint import (
+    ADAPTER_WEIGHTS,
+    CONNECTOR,
+    NON_LORA,
+    State,
+    assign,
+    first_of,
+    gather_state,
+    read_connector,
+    read_model_weights,
+    read_tensors,
+    strip_prefixes,
+    write_model_weights,
+    write_tensors,
+)
+from llava.train.trainable import part_of
+
+PEFT_PREFIX = "base_model.model."
+
+
+def bare_model(model: nn.Module) -> Any:
+    """The LLaVA inside a PEFT wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def save_checkpoint(
+    model: nn.Module,
+    parts: set[str],
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    image_processor: Any,
+    writer: bool = True,
+) -> None:
+    """Write what trained, with config, tokenizer and image processor.
+
+    =====================  ==========================================================================
+    trained                files (those of LLaVA and HA-DPO; ``load_pretrained_model`` reads each)
+    =====================  ==========================================================================
+    LoRA                   adapter_model.safetensors, adapter_config.json, non_lora_trainables.bin
+    connector only         mm_projector.bin
+    anything else          model.safetensors (in shards where large), tower included
+    =====================  ==========================================================================
+
+    Every rank calls it (ZeRO-3 gathers from all); only the ``writer`` touches the disk.
+    """
+    lora = "lora" in parts
+    whole = not lora and parts != {"projector"}
+    state = gather_state(model, lambda name, p: whole or p.requires_grad, keep=writer)
+    if not writer:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    inner = bare_model(model)
+    if lora:
+        _save_adapter(model, state, folder)
+    elif whole:
+        write_model_weights(folder, state)
+    else:
+        write_tensors(folder / CONNECTOR[0], state)
+    write_config(inner, folder)
+    generation = inner.generation_config.to_dict()
+    write_json(folder / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+    tokenizer.save_pretrained(folder)
+    image_processor.save_pretrained(folder)
+
+
+def _save_adapter(model: Any, state: State, folder: Path) -> None:
+    from peft import get_peft_model_state_dict
+
+    adapter = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    write_tensors(folder / ADAPTER_WEIGHTS[0], adapter)
+    settings = {k: _plain(v) for k, v in model.peft_config["default"].to_dict().items()}
+    write_json(folder / "adapter_config.json", {**settings, "inference_mode": True})
+    # Upstream's loader asks for this file even where nothing but the LoRA trained.
+    others = {name: value for name, value in state.items() if part_of(name) != "lora"}
+    write_tensors(folder / NON_LORA[0], others)
+
+
+def _plain(value: Any) -> Any:
+    value = sorted(value) if isinstance(value, set) else value
+    return getattr(value, "value", value)
+
+
+def write_config(model: Any, folder: Path) -> None:
+    """``config.json`` that upstream's code and ours read: the original format with the ``mm_*`` fields."""
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    write_json(folder / "config.json", {**config, "architectures": [type(model).__name__]})
+
+
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Put back into ``model`` what ``save_checkpoint`` wrote for it (to go on training)."""
+    weights = first_of(folder, ADAPTER_WEIGHTS)
+    if weights is not None:
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, read_tensors(weights))
+        others = first_of(folder, NON_LORA)
+        assign(bare_model(model), strip_prefixes(read_tensors(others)), others)
+        return
+    connector = first_of(folder, CONNECTOR)
+    assign(model, read_connector(connector) if connector else read_model_weights(folder), folder)

@@ -1,0 +1,204 @@
+"""The trainers: Hugging Face's loop with LLaVA's rates, batches and files, and DPO's step."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from llava.run_card import RunCard
+from llava.train.losses import dpo_loss, row_logps, row_mean_logits
+from llava.train.reference import Reference
+from llava.train.sampler import ModalityLengthSampler
+from llava.train.saving import load_trained, save_checkpoint
+from llava.train.trainable import part_of
+
+
+class LlavaTrainer(Trainer):
+    """Supervised training of the chosen ``parts``: the loss looks at labelled positions only."""
+
+    # Losses are means over a batch; the loop divides them by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Any,
+        parts: set[str],
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None,
+        collator: Callable,
+        tokenizer: Any,
+        image_processor: Any,
+    ) -> None:
+        self.parts = parts
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        super().__init__(
+            model=model, args=args, data_collator=collator, train_dataset=train_dataset, eval_dataset=eval_dataset
+        )
+        self.model_accepts_loss_kwargs = False
+        for progress in (PrinterCallback, ProgressCallback):
+            self.remove_callback(progress)
+        self.add_callback(OneLinePerLog())
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs, logits_at_labels=True, use_cache=False)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with the connector at its own rate where ``--mm_projector_lr`` gives one."""
+        if self.optimizer is None:
+            model = model or self.model
+            decaying = set(self.get_decay_parameter_names(model))
+            groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    own_rate = part_of(name) == "projector" and bool(self.args.mm_projector_lr)
+                    groups[own_rate, name in decaying].append(parameter)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = kind(
+                [
+                    {
+                        "params": parameters,
+                        "weight_decay": self.args.weight_decay if decays else 0.0,
+                        **({"lr": self.args.mm_projector_lr} if own_rate else {}),
+                    }
+                    for (own_rate, decays), parameters in groups.items()
+                ],
+                **options,
+            )
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if not self.args.group_by_modality_length:
+            return super()._get_train_sampler(dataset)
+        megabatch = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return ModalityLengthSampler(dataset.modality_lengths, megabatch, seed)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Every checkpoint, also one in the middle, loads by itself."""
+        model = self.accelerator.unwrap_model(self.model)
+        folder = Path(output_dir or self.args.output_dir)
+        save_checkpoint(model, self.parts, folder, self.tokenizer, self.image_processor, writer=self.args.should_save)
+        self.accelerator.wait_for_everyone()
+
+    def finish(self, card: RunCard) -> None:
+        """Save the run: weights, trainer_state.json, run.json with the final metrics."""
+        metrics = dict(self.state.log_history[-1]) if self.state.log_history else {}
+        if self.eval_dataset is not None:
+            metrics.update(self.evaluate())
+        self.save_model()
+        self.save_state()
+        if self.args.should_save:
+            card.finish({**self._last_training_log(), **metrics})
+
+    def _last_training_log(self) -> dict[str, Any]:
+        return next((dict(log) for log in reversed(self.state.log_history) if "loss" in log), {})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+
+
+class DPOTrainer(LlavaTrainer):
+    """Preference optimisation; metrics carry TRL's names and are averaged over all ranks' pairs since the last log."""
+
+    def __init__(self, *args: Any, reference: Reference, beta: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.reference = reference
+        self.beta = beta
+        self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
+        reference.place(self.accelerator, self.args)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        # ---- one DPO step: rows 0..B-1 are the chosen answers, B..2B-1 the rejected ones ----
+        policy = model(**inputs, logits_at_labels=True, with_loss=False, use_cache=False)
+        with self.reference.forward_of(model) as reference_model:
+            reference = reference_model(**inputs, logits_at_labels=True, with_loss=False, use_cache=False)
+        policy_chosen, policy_rejected = row_logps(policy.logits, policy.labels).chunk(2)  # (B,) each
+        reference_chosen, reference_rejected = row_logps(reference.logits, reference.labels).chunk(2)
+        loss = dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, self.beta)
+        # -------------------------------------------------------------------------------------
+        sums, counts = row_mean_logits(policy.logits, policy.labels)
+        (chosen_sum, rejected_sum), (chosen_count, rejected_count) = sums.chunk(2), counts.chunk(2)
+        margins = loss.chosen_rewards - loss.rejected_rewards
+        pairs = torch.ones_like(margins)
+        self._add(
+            "train" if model.training else "eval",
+            {
+                "rewards/chosen": (loss.chosen_rewards, pairs),
+                "rewards/rejected": (loss.rejected_rewards, pairs),
+                "rewards/accuracies": ((margins > 0).float(), pairs),
+                "rewards/margins": (margins, pairs),
+                "logps/chosen": (policy_chosen.detach(), pairs),
+                "logps/rejected": (policy_rejected.detach(), pairs),
+                "logits/chosen": (chosen_sum, chosen_count),
+                "logits/rejected": (rejected_sum, rejected_count),
+            },
+        )
+        mean = loss.losses.mean()
+        return (mean, policy) if return_outputs else mean
+
+    def _add(self, mode: str, terms: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for name, (values, weights) in terms.items():
+            pair = torch.stack([values.sum().double(), weights.sum().double()])
+            self._sums[mode][name] = self._sums[mode].get(name, 0) + pair
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Every rank calls it, so the sums meet here."""
+        mode = "train" if "loss" in logs else "eval" if "eval_loss" in logs else None
+        if mode and self._sums[mode]:
+            names = sorted(self._sums[mode])
+            totals = self.accelerator.reduce(torch.stack([self._sums[mode][name] for name in names]), "sum")
+            prefix = "eval_" if mode == "eval" else ""
+            metrics = {
+                prefix + n: (total / max(count, 1)) for n, (total, count) in zip(names, totals.tolist(), strict=True)
+            }
+            logs.update(metrics)
+            self._sums[mode] = {}
+        super().log(logs, start_time)
+
+
+class OneLinePerLog(TrainerCallback):
+    """Progress as plain lines, which a log file of a queued job can hold."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if state.is_world_process_zero and logs:
+            values = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in logs.items())
+            print(f"step {state.global_step}/{state.max_steps} {values}", flush=True)
+
+
+def last_complete_checkpoint(output_dir: str) -> str | None:
+    """The newest ``checkpoint-N`` that was written to its end (``trainer_state.json`` is written last)."""
+    if not os.path.isdir(output_dir):
+        return None
+    last = get_last_checkpoint(output_dir)
+    complete = [
+        folder
+        for folder in Path(output_dir).glob("checkpoint-*")
+        if folder.name.split("-")[-1].isdigit() and (folder / "trainer_state.json").is_file()
+    ]
+    newest = max(complete, key=lambda folder: int(folder.name.split("-")[-1]), default=None)
+    return str(newest) if last and newest else None

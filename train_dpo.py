@@ -1,0 +1,73 @@
+#!/usr/bin/env python
+"""Preference optimisation of a LLaVA: HA-DPO's data and flags, or your own pairs.
+
+    deepspeed train_dpo.py --deepspeed zero_configs/zero3.json --lora_enable True --model_name_or_path ... \
+        --vg_path ... --desc_data_path ... --pope_data_path ... --output_dir checkpoints/ha-dpo --beta 0.1
+
+Runs the same under plain ``python``, ``torchrun`` and ``deepspeed``, with and without a GPU.
+"""
+
+from __future__ import annotations
+
+from llava.errors import command_line
+from llava.train.launch import prepare_processes
+
+
+@command_line
+def main() -> None:
+    prepare_processes()
+    from transformers import set_seed
+
+    from llava.data.preferences import PreferencePairs, read_preferences
+    from llava.run_card import RunCard
+    from llava.train.arguments import DPOTrainingArguments, ModelArguments, PreferenceArguments, as_dict, parse
+    from llava.train.build import check_output_dir, collator, example_builder, plan_model
+    from llava.train.reference import choose_reference
+    from llava.train.trainable import add_lora, choose_parts, switch_on, table
+    from llava.train.trainer import DPOTrainer, last_complete_checkpoint
+
+    model_args, data_args, train_args = parse((ModelArguments, PreferenceArguments, DPOTrainingArguments))
+    parts = choose_parts(model_args, train_args)
+    arguments = as_dict(model_args, data_args, train_args)
+    check_output_dir(train_args.output_dir, arguments)
+    first = train_args.process_index == 0
+
+    # Everything a user can have got wrong is found here, before gigabytes are read.
+    plan = plan_model(model_args, data_args, train_args, parts)
+    builder = example_builder(plan, model_args.version)
+    train_pairs, eval_pairs = read_preferences(data_args)
+    pairs = PreferencePairs(train_pairs, builder, data_args.skip_missing_images)
+    held_out = PreferencePairs(eval_pairs, builder, data_args.skip_missing_images) if eval_pairs else None
+    if first:
+        print(f"{len(pairs)} pairs" + (f", {len(held_out)} held out" if held_out else ""))
+    data_files = (data_args.desc_data_path, data_args.pope_data_path, data_args.data_path, data_args.eval_data_path)
+    card = RunCard(train_args.output_dir, arguments, data_files, train_args.seed)
+
+    set_seed(train_args.seed)
+    policy = plan.load()
+    if "lora" in parts:
+        policy = add_lora(policy, train_args)
+    reference = choose_reference(policy, parts, load_again=plan.load)
+    switch_on(policy, parts)
+    if first:
+        card.write()
+        print(table(policy, train_args.learning_rate, train_args.mm_projector_lr), flush=True)
+
+    trainer = DPOTrainer(
+        policy,
+        train_args,
+        parts,
+        pairs,
+        held_out,
+        collator(plan),
+        plan.tokenizer,
+        plan.image_processor,
+        reference=reference,
+        beta=train_args.beta,
+    )
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(train_args.output_dir))
+    trainer.finish(card)
+
+
+if __name__ == "__main__":
+    main()

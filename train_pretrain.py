@@ -1,0 +1,63 @@
+#!/usr/bin/env python
+"""Supervised training of a LLaVA: connector pre-training, instruction tuning, LoRA.
+
+    deepspeed train_pretrain.py --deepspeed zero_configs/zero2.json --version plain --tune_mm_mlp_adapter True \
+        --model_name_or_path lmsys/vicuna-7b-v1.5 --vision_tower openai/clip-vit-large-patch14-336 \
+        --data_path chat.json --image_folder images --output_dir checkpoints/pretrain
+
+A language model with ``--vision_tower`` becomes a new LLaVA; a LLaVA checkpoint is gone on with. Runs the same under
+plain ``python``, ``torchrun`` and ``deepspeed``, with and without a GPU.
+"""
+
+from __future__ import annotations
+
+from llava.errors import command_line
+from llava.train.launch import prepare_processes
+
+
+@command_line
+def main() -> None:
+    prepare_processes()
+    from transformers import set_seed
+
+    from llava.data.captions import Captions
+    from llava.run_card import RunCard
+    from llava.train.arguments import CaptionArguments, ModelArguments, PretrainTrainingArguments, as_dict, parse
+    from llava.train.build import check_output_dir, collator, example_builder, plan_model
+    from llava.train.trainable import add_lora, choose_parts, switch_on, table
+    from llava.train.trainer import LlavaTrainer, last_complete_checkpoint
+
+    model_args, data_args, train_args = parse((ModelArguments, CaptionArguments, PretrainTrainingArguments))
+    parts = choose_parts(model_args, train_args)
+    arguments = as_dict(model_args, data_args, train_args)
+    check_output_dir(train_args.output_dir, arguments)
+    first = train_args.process_index == 0
+
+    # Everything a user can have got wrong is found here, before gigabytes are read.
+    plan = plan_model(model_args, data_args, train_args, parts)
+    builder = example_builder(plan, model_args.version)
+    skip, folder = data_args.skip_missing_images, data_args.image_folder
+    captions = Captions(data_args.data_path, folder, builder, skip)
+    held_out = Captions(data_args.eval_data_path, folder, builder, skip) if data_args.eval_data_path else None
+    if first:
+        print(f"{len(captions)} records" + (f", {len(held_out)} held out" if held_out else ""))
+    card = RunCard(train_args.output_dir, arguments, (data_args.data_path, data_args.eval_data_path), train_args.seed)
+
+    set_seed(train_args.seed)
+    model = plan.load()
+    if "lora" in parts:
+        model = add_lora(model, train_args)
+    switch_on(model, parts)
+    if first:
+        card.write()
+        print(table(model, train_args.learning_rate, train_args.mm_projector_lr), flush=True)
+
+    trainer = LlavaTrainer(
+        model, train_args, parts, captions, held_out, collator(plan), plan.tokenizer, plan.image_processor
+    )
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(train_args.output_dir))
+    trainer.finish(card)
+
+
+if __name__ == "__main__":
+    main()
