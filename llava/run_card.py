@@ -35,9 +35,14 @@ class RunCard:
     """Written when a run starts and again when it ends (``finish``), each time whole."""
 
     def __init__(
-        self, folder: str | os.PathLike[str], arguments: dict[str, Any], data: Iterable[str | None], seed: int
+        self,
+        folder: str | os.PathLike[str],
+        arguments: dict[str, Any],
+        data: Iterable[str | os.PathLike[str] | None],
+        seed: int | None,
+        name: str = FILE,
     ) -> None:
-        self.path = Path(folder) / FILE
+        self.path = Path(folder) / name
         self._start = time.time()
         self.content: dict[str, Any] = {
             "command": shlex.join(sys.orig_argv),

@@ -143,6 +143,14 @@ def read_labels(path: str | os.PathLike[str]) -> dict[int, Label]:
     return labels
 
 
+def read_questions_of(path: str | os.PathLike[str]) -> dict[int, tuple[str, str]]:
+    """Picture and question of a label file by question id, in file order; ``read_labels`` has checked the ids."""
+    return {
+        _question_id(where, row): (field(where, row, "image", str), field(where, row, "text", str))
+        for where, row in _rows(Path(path))
+    }
+
+
 def read_answers(path: str | os.PathLike[str]) -> dict[str, dict[int, Answer]]:
     """An answers file, by set and question id. Rows hold ``question_id`` and ``answer`` (HA-DPO) or ``text`` (LLaVA).
 

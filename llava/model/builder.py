@@ -80,7 +80,7 @@ def local_folder(name_or_path: str, flag: str, near: Path | None = None, cache_d
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
         raise UserError(f"{flag} {name_or_path}: no such folder")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name_or_path, cache_dir=cache_dir))

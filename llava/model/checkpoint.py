@@ -211,3 +211,12 @@ def write_model_weights(folder: Path, state: State, max_shard_size: str = "5GB")
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", json.loads(json.dumps(index)))
+
+
+def fingerprint(path: str) -> list[list[Any]] | str:
+    """Name, size and time of the weight files in a folder (cheap, and different after any training); a hub id itself."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return path
+    files = sorted(f for f in folder.iterdir() if f.suffix in (".bin", ".safetensors") or f.name == "config.json")
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]

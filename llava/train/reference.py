@@ -85,7 +85,8 @@ class CopiedReference:
             "bf16": {"enabled": train_args.bf16},
             "fp16": {"enabled": train_args.fp16},
         }
-        self.model = deepspeed.initialize(model=self.model, config=config)[0].eval()
+        self.model = deepspeed.initialize(model=self.model, config=config)[0]
+        self.model.eval()
 
     @contextlib.contextmanager
     def forward_of(self, policy: nn.Module) -> Iterator[nn.Module]:

@@ -72,7 +72,9 @@ def choose_parts(model_args: Any, train_args: Any) -> set[str]:
 def add_lora(model: nn.Module, train_args: Any) -> nn.Module:
     """A new LoRA on every linear layer of the decoder; never on the tower, the connector or the head."""
     from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
 
+    set_seed(train_args.seed)  # the same start however much loading has drawn before (ZeRO-3 draws more)
     decoder = model.get_model().layers
     leaves = sorted({name.split(".")[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)})
     config = LoraConfig(

@@ -1,0 +1,100 @@
+#!/usr/bin/env python
+"""Ask a LLaVA the POPE questions; write its answers and print the results row.
+
+    torchrun --nproc_per_node 2 --master_port $RANDOM pope_eval.py --coco_path COCO --pope_path POPE \
+        --model-path checkpoints/ha-dpo --model-base liuhaotian/llava-v1.5-7b --set popular
+
+Answers go to ``--output_dir`` (by default ``pope/`` inside the checkpoint) as ``pope_{set}.jsonl``. A run that was
+killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from llava.errors import UserError, command_line
+
+SETS = {"random": "random", "popular": "popular", "adv": "adversarial", "adversarial": "adversarial"}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Ask a LLaVA the POPE questions.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--model-path", required=True, help="a whole model, a LoRA or a connector")
+    add("--model-base", help="the model that a LoRA or connector was trained on")
+    add("--coco_path", required=True, help="COCO 2014, with val2014 inside")
+    add("--pope_path", required=True, help="folder of coco_pope_*.json (or POPE's repository), or one such file")
+    add("--set", default="popular", choices=[*SETS, "all"], help="which questions (adv = adversarial)")
+    add("--output_dir", help="where the answers go")
+    add("--load-8bit", action="store_true", help="8-bit weights (bitsandbytes)")
+    add("--load-4bit", action="store_true", help="4-bit weights (bitsandbytes)")
+    add("--dtype", choices=["float16", "bfloat16", "float32"], help="default: float16 on CUDA, float32 on the CPU")
+    add("--attn_implementation", choices=["sdpa", "eager", "flash_attention_2"])
+    add("--conv-mode", default="llava_v1", help="conversation template (HA-DPO asks in llava_v1)")
+    add("--max_new_tokens", type=int, default=512)
+    add("--batch_size", type=int, default=1, help="questions at a time; more than 1 may flip close calls by rounding")
+    add("--skip_missing_images", action="store_true", help="leave out questions whose picture is missing")
+    add("--cache_dir", help="the hub's cache")
+    return parser.parse_args()
+
+
+@command_line
+def main() -> None:
+    args = parse_args()
+    from llava.conversation import template
+    from llava.distributed import join_world
+    from llava.eval.pope_run import answer_set, model_key, output_dir, read_questions
+
+    if args.batch_size < 1 or args.max_new_tokens < 1:
+        raise UserError("--batch_size and --max_new_tokens must be 1 or more")
+    conversation = template(args.conv_mode, "--conv-mode")
+    names = sorted(set(SETS.values()), key=list(SETS.values()).index) if args.set == "all" else [SETS[args.set]]
+    questions = {n: read_questions(n, args.pope_path, args.coco_path, args.skip_missing_images) for n in names}
+    folder = output_dir(args.model_path, args.output_dir)
+
+    import torch
+
+    from llava.eval.answer import Answerer
+    from llava.eval.pope import table_header, table_row
+    from llava.model.builder import load_pretrained_model
+    from llava.run_card import RunCard
+    from llava.train.launch import quiet
+
+    quiet()
+    world = join_world()
+    on_cuda = torch.cuda.is_available()
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        args.model_path,
+        args.model_base,
+        load_8bit=args.load_8bit,
+        load_4bit=args.load_4bit,
+        device=f"cuda:{world.local_rank}" if on_cuda else "cpu",
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        attn_implementation=args.attn_implementation,
+        cache_dir=args.cache_dir,
+    )
+    answerer = Answerer(model, tokenizer, image_processor, conversation, args.max_new_tokens)
+
+    # Answers of a killed run are kept where all of this is the same.
+    settings = {
+        **model_key(args.model_path, args.model_base),
+        "conv_mode": args.conv_mode,
+        "max_new_tokens": args.max_new_tokens,
+        "dtype": str(model.dtype),
+        "quantized": [args.load_8bit, args.load_4bit],
+    }
+    label = folder.resolve().parent.name if folder.name == "pope" else folder.resolve().name
+    data_files = [q.file for q in questions.values()]
+    card = RunCard(folder, vars(args), data_files, seed=None, name=f"run_{args.set}.json")
+    metrics, rows = {}, []
+    for name in names:
+        counts = answer_set(answerer, questions[name], folder, settings, args.batch_size, world)
+        metrics[name] = counts.as_dict()
+        rows.append(table_row(label, name, "-", counts))
+    if world.rank == 0:
+        card.finish(metrics)
+        print(table_header(), *rows, sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
