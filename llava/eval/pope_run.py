@@ -82,7 +82,13 @@ def answer_set(
     answers_file = AnswerFile(path, key, world.rank, world.barrier)
     done = answers_file.resume()
     mine = [number for number in questions.questions if number not in done][world.rank :: world.size]
-    progress = tqdm(total=len(mine), desc=f"POPE {questions.name}", unit="question", disable=world.rank != 0, mininterval=MIN_INTERVAL)
+    progress = tqdm(
+        total=len(mine),
+        desc=f"POPE {questions.name}",
+        unit="question",
+        disable=world.rank != 0,
+        mininterval=MIN_INTERVAL,
+    )
     for start in range(0, len(mine), batch_size):
         batch = mine[start : start + batch_size]
         texts = answerer.answer([questions.questions[number] for number in batch])

@@ -1,0 +1,19 @@
+# Every target works alone, from a bare clone with Python 3.10 or newer and nothing installed.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+.PHONY: test check
+
+test: $(STAMP)  ## the tests, some minutes
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+check: $(STAMP)  ## style and lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+# Installed again when the pins change.
+$(STAMP): requirements.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $(STAMP)
