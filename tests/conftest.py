@@ -1,0 +1,84 @@
+"""What the tests share: recordings, the repository's root, scripts run in this process, and a picture for every name."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def loaded():
+    """tokenizer, model, image processor of the recorded checkpoint; tests must not change them."""
+    from llava.model.builder import load_pretrained_model
+
+    return load_pretrained_model(str(GOLDEN / "tiny-llava-original"), None)[:3]
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys, tmp_path):
+    """``run_script("train_dpo", *flags) -> (exit code, stdout, stderr)``, in this process: imports are paid once."""
+
+    def run(name: str, *flags: object):
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        monkeypatch.setattr(sys, "orig_argv", ["python", f"{name}.py", *map(str, flags)])
+        capsys.readouterr()
+        code = 0
+        try:
+            importlib.import_module(name).main()
+        except SystemExit as exit_:
+            code = exit_.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def draw_picture(path: Path, seed: str) -> None:
+    """A small picture that stands in for a photograph, the same for the same seed."""
+    from PIL import Image, ImageDraw
+
+    draw = random.Random(seed)
+    picture = Image.new("RGB", (draw.randint(40, 120), draw.randint(40, 120)), tuple(draw.choices(range(256), k=3)))
+    pen = ImageDraw.Draw(picture)
+    for _ in range(6):
+        x, y = draw.randrange(picture.width), draw.randrange(picture.height)
+        pen.rectangle([x, y, x + draw.randint(4, 40), y + draw.randint(4, 40)], fill=tuple(draw.choices(range(256), k=3)))
+    picture.save(path)
+
+
+@pytest.fixture(scope="session")
+def pope_world(tmp_path_factory) -> Path:
+    """POPE's real questions about its first 60 images (``pope/``), and drawn pictures in COCO's place (``coco/``)."""
+    world = tmp_path_factory.mktemp("pope")
+    (world / "pope").mkdir()
+    (world / "coco" / "val2014").mkdir(parents=True)
+    for name in ("random", "popular", "adversarial"):
+        file = f"coco_pope_{name}.json"
+        text = (GOLDEN / "pope_questions" / file).read_text()
+        (world / "pope" / file).write_text(text)
+        for image in {json.loads(line)["image"] for line in text.splitlines()}:
+            if not (world / "coco" / "val2014" / image).exists():
+                draw_picture(world / "coco" / "val2014" / image, image)
+    return world
