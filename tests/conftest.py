@@ -64,7 +64,9 @@ def draw_picture(path: Path, seed: str) -> None:
     pen = ImageDraw.Draw(picture)
     for _ in range(6):
         x, y = draw.randrange(picture.width), draw.randrange(picture.height)
-        pen.rectangle([x, y, x + draw.randint(4, 40), y + draw.randint(4, 40)], fill=tuple(draw.choices(range(256), k=3)))
+        pen.rectangle(
+            [x, y, x + draw.randint(4, 40), y + draw.randint(4, 40)], fill=tuple(draw.choices(range(256), k=3))
+        )
     picture.save(path)
 
 
