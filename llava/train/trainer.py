@@ -111,6 +111,10 @@ class LlavaTrainer(Trainer):
         self.save_model()
         self.save_state()
         if self.args.should_save:
+            card.content["engine"] = {
+                "model": _class_name(self.model_wrapped),
+                "optimizer": _class_name(getattr(self.optimizer, "optimizer", self.optimizer)),
+            }
             card.finish({**self._last_training_log(), **metrics})
 
     def _last_training_log(self) -> dict[str, Any]:
@@ -118,6 +122,11 @@ class LlavaTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+
+
+def _class_name(thing: Any) -> str:
+    """What really ran: under DeepSpeed the wrapped model must be its engine, not the model itself."""
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
 class DPOTrainer(LlavaTrainer):

@@ -1,0 +1,236 @@
+"""The READMEs: every command parses, every path and flag exists, and both languages say the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import evaluate_pope  # noqa: E402
+import pope_eval  # noqa: E402
+from llava.data.preferences import read_desc_pairs, read_own_pairs, read_pope_pairs  # noqa: E402
+from llava.data.supervision import fill_template  # noqa: E402
+from llava.eval.pope import table_header  # noqa: E402
+from llava.train import arguments  # noqa: E402
+from llava.train.trainable import choose_parts  # noqa: E402
+
+ENGLISH, CHINESE = (ROOT / name for name in ("README.md", "README.zh-CN.md"))
+READMES = [ENGLISH, CHINESE]
+
+MODEL = arguments.ModelArguments
+TRAINING = {
+    "train_pretrain.py": (MODEL, arguments.CaptionArguments, arguments.PretrainTrainingArguments),
+    "train_dpo.py": (MODEL, arguments.PreferenceArguments, arguments.DPOTrainingArguments),
+}
+EVALUATION = {"pope_eval.py": pope_eval, "evaluate_pope.py": evaluate_pope}
+
+# What stands before a script, with the options that take one value each.
+LAUNCHERS = {
+    "python": set(),
+    "torchrun": {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"},
+    "deepspeed": {"--include", "--num_gpus", "--num_nodes", "--master_port"},
+}
+READ_AT_ONCE = ("--data_path", "--eval_data_path")  # must exist when the arguments are parsed
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return [body for name, body in FENCE.findall(text) if name == language]
+
+
+def prose(text: str) -> str:
+    return FENCE.sub("", text)
+
+
+def commands(readme: Path) -> list[list[str]]:
+    """Every command of the bash blocks as words, continued lines joined, comments dropped."""
+    text = "\n".join(blocks(readme.read_text(encoding="utf-8"), "bash")).replace("\\\n", " ")
+    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+def split_launcher(words: list[str]) -> tuple[str, list[str]]:
+    """A command that runs a script -> the script and its arguments; unknown launcher options fail."""
+    launcher, rest = words[0], words[1:]
+    while rest and rest[0].startswith("-"):
+        assert rest[0] in LAUNCHERS[launcher], f"{launcher} {rest[0]}: unknown option"
+        rest = rest[2:]
+    assert rest, f"{shlex.join(words)}: no script"
+    return rest[0], rest[1:]
+
+
+@pytest.fixture
+def clean_environment() -> Iterator[None]:
+    """TrainingArguments leave environment variables behind."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def parse_training(script: str, argv: list[str], folder: Path) -> tuple:
+    """Parse as the script does. Data files are made in ``folder``; the ZeRO file is checked but not passed on, since
+    Hugging Face keeps it in the process."""
+    argv = [*argv, "--use_cpu", "True"]
+    if "--deepspeed" in argv:
+        at = argv.index("--deepspeed")
+        config = arguments.deepspeed_config(str(ROOT / argv[at + 1]), on_cpu=True)
+        assert config["zero_optimization"]["stage"] in (2, 3)
+        del argv[at : at + 2]
+    for flag in READ_AT_ONCE:
+        if flag in argv:
+            stub = folder / argv[argv.index(flag) + 1]
+            stub.parent.mkdir(parents=True, exist_ok=True)
+            stub.touch()
+    return arguments.parse(TRAINING[script], argv)
+
+
+@pytest.mark.parametrize("words", commands(ENGLISH), ids=lambda words: " ".join(words)[:60])
+def test_command_parses(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean_environment: None
+) -> None:
+    while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        words = words[1:]
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert set(words[1:]) <= set(targets)
+    elif words[0] == "pip":
+        assert words[1:3] == ["install", "-r"]
+        assert (ROOT / words[3]).is_file()
+    elif words[0] == "source":
+        assert words[1:] == [".venv/bin/activate"]
+    elif words[0] == "tensorboard":
+        assert words[1] == "--logdir"
+    else:
+        assert words[0] in LAUNCHERS, f"{words[0]}: not a command that the READMEs may use"
+        script, argv = split_launcher(words)
+        assert (ROOT / script).is_file()
+        monkeypatch.chdir(tmp_path)
+        if script in TRAINING:
+            model_args, _, train_args = parse_training(script, argv, tmp_path)
+            assert choose_parts(model_args, train_args)
+        else:
+            monkeypatch.setattr(sys, "argv", [script, *argv])
+            EVALUATION[script].parse_args()
+
+
+def test_hadpo_command_does_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean_environment: None
+) -> None:
+    (words,) = [words for words in commands(ENGLISH) if "--desc_data_path" in words]
+    script, argv = split_launcher(words)
+    monkeypatch.chdir(tmp_path)
+    model_args, data_args, train_args = parse_training(script, argv, tmp_path)
+    assert choose_parts(model_args, train_args) == {"lora"}
+    assert (train_args.beta, train_args.learning_rate, train_args.warmup_steps) == (0.1, 2e-6, 0)
+    assert (train_args.weight_decay, train_args.lora_dropout) == (0.0, 0.0)
+    assert (model_args.version, data_args.image_aspect_ratio) == ("v1", "pad")
+
+
+def test_every_script_has_a_command() -> None:
+    shown = {split_launcher(words)[0] for words in commands(ENGLISH) if words[0] in LAUNCHERS}
+    assert shown == {path.name for path in ROOT.glob("*.py")}
+
+
+def test_flags_named_in_the_text_exist(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = set().union(*LAUNCHERS.values())
+    for classes in TRAINING.values():
+        parser = arguments.HfArgumentParser(classes)
+        known |= {option for action in parser._actions for option in action.option_strings}
+    for name, script in EVALUATION.items():
+        monkeypatch.setattr(sys, "argv", [name, "--help"])
+        with pytest.raises(SystemExit):
+            script.parse_args()
+        known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    for readme in READMES:
+        inline = " ".join(re.findall(r"`([^`]+)`", prose(readme.read_text(encoding="utf-8"))))
+        unknown = set(re.findall(r"(?<![\w-])--[\w-]+", inline)) - known
+        assert not unknown, f"{readme.name}: {unknown}"
+
+
+def test_records_shown_are_read(tmp_path: Path) -> None:
+    class Genome:
+        def path(self, where: str, image_id: int | str) -> str:
+            assert str(image_id).isdigit()
+            return f"VG_100K/{image_id}.jpg"
+
+    (block,) = blocks(ENGLISH.read_text(encoding="utf-8"), "json")
+    chat, desc, pope, own = (json.loads(line) for line in block.splitlines())
+    filled = fill_template("README", chat["conversations"], arguments.template("v1"), n_images=1)
+    assert "<image>" in filled.get_prompt()
+    desc_file, pope_file, own_file = (tmp_path / name for name in ("desc.json", "pope.json", "own.jsonl"))
+    desc_file.write_text(json.dumps(desc))
+    pope_file.write_text(json.dumps([pope]))
+    own_file.write_text(json.dumps(own) + "\n")
+    pairs = [
+        *read_desc_pairs(str(desc_file), Genome()),
+        *read_pope_pairs(str(pope_file), Genome()),
+        *read_own_pairs(str(own_file), "images"),
+    ]
+    assert len(pairs) == 3
+    assert all(pair.chosen != pair.rejected for pair in pairs)
+
+
+def source_tree(readme: Path) -> list[str]:
+    """Paths of the block behind the mark, folders (ending in /) joined with what is indented under them."""
+    (block,) = re.findall(r"<!-- source tree -->\n```text\n(.*?)^```$", readme.read_text(encoding="utf-8"), re.M | re.S)
+    paths, parents = [], []
+    for line in block.splitlines():
+        depth, rest = divmod(len(line) - len(line.lstrip()), 4)
+        assert rest == 0, f"indented by other than fours: {line!r}"
+        name = line.split()[0]
+        parents = [*parents[:depth], name]
+        paths.append("".join(parents))
+    return paths
+
+
+def test_source_tree_exists() -> None:
+    paths = source_tree(ENGLISH)
+    wrong = [path for path in paths if not ((ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file())]
+    assert not wrong
+    assert {path.name for path in ROOT.glob("*.py")} <= set(paths), "a script at the top is not listed"
+    assert source_tree(CHINESE) == paths
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
+def test_links_and_table(readme: Path) -> None:
+    text = readme.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose(text)) if not link.startswith("https://")]
+    assert links
+    assert all((readme.parent / link.split("#")[0]).exists() for link in links), links
+    assert table_header() in text
+
+
+def test_both_languages_hold_the_same() -> None:
+    english, chinese = (readme.read_text(encoding="utf-8") for readme in READMES)
+    assert commands(ENGLISH) == commands(CHINESE)
+    assert [name for name, _ in FENCE.findall(english)] == [name for name, _ in FENCE.findall(chinese)]
+    assert blocks(english, "json") == blocks(chinese, "json")
+    for pattern in (r"^(#+) ", r"^\|[-:| ]+\|$"):  # headings by depth, tables by their columns
+        in_english, in_chinese = (re.findall(pattern, prose(t), flags=re.MULTILINE) for t in (english, chinese))
+        assert in_english == in_chinese
+    rows = [len(re.findall(r"^\|", prose(t), flags=re.MULTILINE)) for t in (english, chinese)]
+    assert rows[0] == rows[1]
+    code = [sorted(set(re.findall(r"`([^`\n]+)`", prose(t)))) for t in (english, chinese)]
+    assert code[0] == code[1]
+    numbers = [
+        re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", prose(t).split("## HA-DPO", 1)[1]) for t in (english, chinese)
+    ]
+    assert numbers[0] == numbers[1]
+
+
+def test_licence_is_apache() -> None:
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+    assert "Copyright 2026 the authors" in text
