@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -20,7 +21,7 @@ import evaluate_pope  # noqa: E402
 import pope_eval  # noqa: E402
 from llava.data.preferences import read_desc_pairs, read_own_pairs, read_pope_pairs  # noqa: E402
 from llava.data.supervision import fill_template  # noqa: E402
-from llava.eval.pope import table_header  # noqa: E402
+from llava.eval.pope import Confusion, table_header  # noqa: E402
 from llava.train import arguments  # noqa: E402
 from llava.train.trainable import choose_parts  # noqa: E402
 
@@ -223,10 +224,23 @@ def test_both_languages_hold_the_same() -> None:
     assert rows[0] == rows[1]
     code = [sorted(set(re.findall(r"`([^`\n]+)`", prose(t)))) for t in (english, chinese)]
     assert code[0] == code[1]
-    numbers = [
-        re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", prose(t).split("## HA-DPO", 1)[1]) for t in (english, chinese)
-    ]
-    assert numbers[0] == numbers[1]
+
+
+def test_published_table_follows_from_counts() -> None:
+    """TP and FP of 1500 yes and 1500 no that give HA-DPO's numbers, cut (not rounded) after two decimals."""
+    counts = [(1360, 172), (1360, 274), (1360, 467), (1315, 99), (1315, 178), (1315, 371)]
+    for readme in READMES:
+        rows = re.findall(r"^\| LLaVA-1.5-7B \| (.*) \|$", readme.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        cells = [row.split(" | ") for row in rows]
+        assert [c[:2] for c in cells] == [[s, m] for m in "✗✓" for s in ("random", "popular", "adversarial")]
+        for (tp, fp), shown in zip(counts, cells, strict=True):
+            c = Confusion(tp, fp, 1500 - fp, 1500 - tp)
+            values = (c.accuracy, c.precision, c.recall, c.f1, c.yes_ratio)
+            cut = [f"{math.floor(10_000 * value + 1e-9) / 100:.2f}" for value in values]
+            if shown[:2] == ["popular", "✓"]:
+                assert (shown[5], cut[3]) == ("87.81", "87.87")  # as the README says below the table
+                cut[3] = shown[5]
+            assert shown[2:] == cut
 
 
 def test_licence_is_apache() -> None:

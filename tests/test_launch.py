@@ -1,0 +1,129 @@
+"""Upstream's own commands, through the launchers that users type, on two processes and on one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+# HA-DPO's README command, every flag of it; only paths are filled in.
+HA_DPO = """
+--lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 0 --deepspeed {root}/zero_configs/zero3.json
+--model_name_or_path {golden}/tiny-llava-original --version v1 --vg_path {golden}/mini_vg
+--desc_data_path {golden}/hadpo_data/desc_data.json --pope_data_path {golden}/hadpo_data/pope_data.json
+--vision_tower {golden}/tiny-clip --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2
+--mm_use_im_start_end False --mm_use_im_patch_token False --image_aspect_ratio pad --group_by_modality_length True
+--bf16 True --output_dir {out} --num_train_epochs 1 --per_device_train_batch_size 16 --per_device_eval_batch_size 4
+--gradient_accumulation_steps 1 --evaluation_strategy no --save_strategy steps --save_steps 50000 --save_total_limit 1
+--learning_rate 2e-6 --weight_decay 0. --warmup_steps 0 --lr_scheduler_type cosine --logging_steps 1 --tf32 True
+--model_max_length 2048 --gradient_checkpointing True --dataloader_num_workers 4 --lazy_preprocess True
+--report_to wandb --run_name llava-v1.5 --beta 0.1
+"""
+
+SMALL = """
+--lora_enable True --lora_r 8 --lora_alpha 16 --model_name_or_path {golden}/tiny-llava-original
+--vg_path {golden}/mini_vg --desc_data_path {golden}/hadpo_data/desc_data.json
+--pope_data_path {golden}/hadpo_data/pope_data.json --model_max_length 2048 --output_dir {out}
+--per_device_train_batch_size {batch} --gradient_accumulation_steps 1 --num_train_epochs 1 --learning_rate 1e-3
+--warmup_steps 0 --beta 0.1 --save_strategy no --report_to none
+"""
+
+
+def launch(*command: object) -> subprocess.CompletedProcess[str]:
+    # No environment variable is needed: none that a launcher reads may be left over from this process.
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    clean["PATH"] = f"{BIN}{os.pathsep}{clean['PATH']}"
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=400, check=False, env=clean, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def logs_of(folder: Path) -> list[dict]:
+    return [x for x in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in x]
+
+
+def test_ha_dpos_command_runs_unchanged_under_deepspeed(golden, tmp_path):
+    command = HA_DPO.format(root=ROOT, golden=golden, out=tmp_path / "out").split()
+    done = launch(BIN / "deepspeed", "--master_port", 29872, "train_dpo.py", *command)
+    for line in (
+        "warning: --tf32 True: there is no CUDA device",
+        "warning: --report_to wandb: wandb is not installed",
+        "note: --lazy_preprocess has nothing to do here",
+        "| projector | 6,272 | 0 | - |",  # --mm_projector_lr 0
+    ):
+        assert (done.stdout + done.stderr).count(line) == 1, line
+    engine = json.loads((tmp_path / "out" / "run.json").read_text())["engine"]
+    from deepspeed import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    assert engine["model"] == f"{DeepSpeedEngine.__module__}.{DeepSpeedEngine.__qualname__}"
+    assert engine["optimizer"].endswith(DeepSpeedZeroOptimizer_Stage3.__qualname__)
+    assert logs_of(tmp_path / "out")[0]["loss"] == pytest.approx(0.6931, abs=2e-3)
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"adapter_model.safetensors", "non_lora_trainables.bin"}
+    from llava.model.builder import load_pretrained_model
+
+    load_pretrained_model(str(tmp_path / "out"), str(golden / "tiny-llava-original"))
+
+
+@pytest.fixture(scope="module")
+def alone(golden, tmp_path_factory):
+    """One process, batches of four pairs: what two processes with two pairs each must reproduce."""
+    out = tmp_path_factory.mktemp("alone")
+    launch(sys.executable, "train_dpo.py", *SMALL.format(golden=golden, out=out, batch=4).split())
+    return out
+
+
+@pytest.mark.parametrize(
+    ("name", "launcher", "extra"),
+    [
+        ("torchrun", ["torchrun", "--nproc_per_node", 2, "--master_port", 29873], []),
+        ("zero2", ["deepspeed", "--num_gpus", 2, "--master_port", 29874], ["--deepspeed", "zero_configs/zero2.json"]),
+        ("zero3", ["deepspeed", "--num_gpus", 2, "--master_port", 29875], ["--deepspeed", "zero_configs/zero3.json"]),
+    ],
+)
+def test_two_processes_compute_what_one_does(golden, tmp_path, alone, name, launcher, extra):
+    from safetensors.torch import load_file
+
+    out = tmp_path / "out"
+    launch(BIN / launcher[0], *launcher[1:], "train_dpo.py", *SMALL.format(golden=golden, out=out, batch=2).split(), *extra)
+    keys = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "logits/chosen")
+    for mine, theirs in zip(logs_of(out), logs_of(alone), strict=True):
+        assert [mine[key] for key in keys] == pytest.approx([theirs[key] for key in keys], rel=1e-4, abs=1e-5)
+    want = load_file(alone / "adapter_model.safetensors")
+    got = load_file(out / "adapter_model.safetensors")
+    assert got.keys() == want.keys()
+    assert max((got[key] - want[key]).abs().max().item() for key in want) < 1e-5
+    engine = json.loads((out / "run.json").read_text())["engine"]["model"]
+    assert ("DeepSpeedEngine" in engine) is (name != "torchrun")
+
+
+def test_a_whole_model_trains_under_zero3_with_a_partitioned_reference(golden, tmp_path):
+    flags = SMALL.format(golden=golden, out=tmp_path / "z3", batch=2).replace("--lora_enable True", "").split()
+    launch(
+        *(BIN / "deepspeed", "--num_gpus", 2, "--master_port", 29876, "train_dpo.py"),
+        *(*flags, "--deepspeed", "zero_configs/zero3.json"),
+    )
+    flags = SMALL.format(golden=golden, out=tmp_path / "one", batch=4).replace("--lora_enable True", "").split()
+    launch(sys.executable, "train_dpo.py", *flags)
+    for mine, theirs in zip(logs_of(tmp_path / "z3"), logs_of(tmp_path / "one"), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+    from llava.model.checkpoint import read_model_weights
+
+    got, want = read_model_weights(tmp_path / "z3"), read_model_weights(tmp_path / "one")
+    assert got.keys() == want.keys()
+    assert max((got[key] - want[key]).abs().max().item() for key in want) < 1e-4
+
+
+def test_deepspeed_needs_no_launcher(golden, tmp_path):
+    flags = SMALL.format(golden=golden, out=tmp_path / "out", batch=4).split()
+    launch(sys.executable, "train_dpo.py", *flags, "--deepspeed", "zero_configs/zero2_offload.json")
+    assert "DeepSpeedEngine" in json.loads((tmp_path / "out" / "run.json").read_text())["engine"]["model"]
