@@ -85,7 +85,7 @@ def main() -> None:
     }
     label = folder.resolve().parent.name if folder.name == "pope" else folder.resolve().name
     data_files = [q.file for q in questions.values()]
-    card = RunCard(folder, vars(args), data_files, seed=None, name=f"run_{args.set}.json")
+    card = RunCard(folder, vars(args), data_files, seed=None, name=f"run_{SETS.get(args.set, args.set)}.json")
     metrics, rows = {}, []
     for name in names:
         counts = answer_set(answerer, questions[name], folder, settings, args.batch_size, world)

@@ -24,7 +24,7 @@ def main() -> None:
     from llava.train.build import check_output_dir, collator, example_builder, plan_model
     from llava.train.reference import choose_reference
     from llava.train.trainable import add_lora, choose_parts, switch_on, table
-    from llava.train.trainer import DPOTrainer, last_complete_checkpoint
+    from llava.train.trainer import DPOTrainer, checkpoint_to_resume
 
     model_args, data_args, train_args = parse((ModelArguments, PreferenceArguments, DPOTrainingArguments))
     parts = choose_parts(model_args, train_args)
@@ -65,7 +65,7 @@ def main() -> None:
         reference=reference,
         beta=train_args.beta,
     )
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(train_args.output_dir))
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(train_args))
     trainer.finish(card)
 
 

@@ -25,7 +25,7 @@ def main() -> None:
     from llava.train.arguments import CaptionArguments, ModelArguments, PretrainTrainingArguments, as_dict, parse
     from llava.train.build import check_output_dir, collator, example_builder, plan_model
     from llava.train.trainable import add_lora, choose_parts, switch_on, table
-    from llava.train.trainer import LlavaTrainer, last_complete_checkpoint
+    from llava.train.trainer import LlavaTrainer, checkpoint_to_resume
 
     model_args, data_args, train_args = parse((ModelArguments, CaptionArguments, PretrainTrainingArguments))
     parts = choose_parts(model_args, train_args)
@@ -55,7 +55,7 @@ def main() -> None:
     trainer = LlavaTrainer(
         model, train_args, parts, captions, held_out, collator(plan), plan.tokenizer, plan.image_processor
     )
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(train_args.output_dir))
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(train_args))
     trainer.finish(card)
 
 

@@ -7,7 +7,6 @@ separators are those that LLaVA and HA-DPO checkpoints were trained with.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterator
 from enum import Enum, auto
@@ -53,7 +52,7 @@ class Conversation:
 
     def copy(self) -> Conversation:
         """An independent copy, turns included."""
-        return copy.deepcopy(self)
+        return dataclasses.replace(self, messages=[list(message) for message in self.messages])
 
     def get_prompt(self) -> str:
         """The text up to and including the last turn."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -23,10 +24,14 @@ class UserError(Exception):
     def __init__(self, message: str, *, everywhere: bool = True) -> None:
         if "Original Traceback" in message:
             # A DataLoader worker's exception arrives as the text of its traceback; the last line is the message.
-            message = message.strip().splitlines()[-1].split("UserError: ", 1)[-1]
+            message = re.sub(r"^[\w.]+: ", "", message.strip().splitlines()[-1], count=1)
             everywhere = False
         super().__init__(" ".join(message.split("\n")))
         self.everywhere = everywhere
+
+
+class BrokenImage(UserError):
+    """A picture that is missing or cannot be decoded: the one error that ``--skip_missing_images`` passes over."""
 
 
 def warn(message: str) -> None:

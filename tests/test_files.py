@@ -64,7 +64,10 @@ def test_text_that_is_not_utf8_names_the_byte(tmp_path):
 
 def test_a_byte_order_mark_is_no_error(tmp_path):
     assert read_json(written(tmp_path / "a.json", b'\xef\xbb\xbf{"a": 1}')) == {"a": 1}
-    assert read_jsonl(written(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"a": 1}\n{"a": 2}')) == [(1, {"a": 1}), (2, {"a": 2})]
+    assert read_jsonl(written(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"a": 1}\n{"a": 2}')) == [
+        (1, {"a": 1}),
+        (2, {"a": 2}),
+    ]
 
 
 def test_blank_lines_are_skipped_and_counted(tmp_path):
@@ -196,4 +199,3 @@ def test_an_error_out_of_a_data_worker_is_its_last_line_told_by_every_rank():
     )
     assert str(error) == "record 3: image a.png is missing"
     assert not error.everywhere
-

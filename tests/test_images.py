@@ -161,7 +161,11 @@ def test_records_without_their_pictures_are_left_out_and_counted(seven_lost, cap
 
 def test_a_record_is_kept_only_with_all_of_its_pictures(tmp_path, capsys):
     draw_picture(tmp_path / "a.png", "a")
-    records = [("r0", [str(tmp_path / "a.png"), str(tmp_path / "b.png")]), ("r1", []), ("r2", [str(tmp_path / "a.png")])]
+    records = [
+        ("r0", [str(tmp_path / "a.png"), str(tmp_path / "b.png")]),
+        ("r1", []),
+        ("r2", [str(tmp_path / "a.png")]),
+    ]
     assert [where for where, _ in drop_missing(records, lambda paths: paths, skip=True)] == ["r1", "r2"]
 
 

@@ -94,7 +94,9 @@ def test_two_processes_compute_what_one_does(golden, tmp_path, alone, name, laun
     from safetensors.torch import load_file
 
     out = tmp_path / "out"
-    launch(BIN / launcher[0], *launcher[1:], "train_dpo.py", *SMALL.format(golden=golden, out=out, batch=2).split(), *extra)
+    launch(
+        BIN / launcher[0], *launcher[1:], "train_dpo.py", *SMALL.format(golden=golden, out=out, batch=2).split(), *extra
+    )
     keys = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "logits/chosen")
     for mine, theirs in zip(logs_of(out), logs_of(alone), strict=True):
         assert [mine[key] for key in keys] == pytest.approx([theirs[key] for key in keys], rel=1e-4, abs=1e-5)

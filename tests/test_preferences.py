@@ -227,7 +227,10 @@ def test_an_image_id_that_is_no_number_is_named(golden, flags, tmp_path):
         ({"2315000": ["a"]}, r"image 2315000: expected an object with 'chosen' and 'rejected', found list"),
         ({"2315000": {"chosen": ["a"]}}, r"image 2315000: no key 'rejected'"),
         ({"2315000": {"chosen": "a", "rejected": ["b"]}}, r"image 2315000: key 'chosen' must be a list, found str"),
-        ({"2315000": {"chosen": [], "rejected": ["b"]}}, r"image 2315000: key 'chosen' must be a list of texts with at"),
+        (
+            {"2315000": {"chosen": [], "rejected": ["b"]}},
+            r"image 2315000: key 'chosen' must be a list of texts with at",
+        ),
         ({"2315000": {"chosen": ["a"], "rejected": [1]}}, r"image 2315000: key 'rejected' must be a list of texts"),
         ([{"chosen": ["a"], "rejected": ["b"]}], r"record 0: no key 'image_id'"),
         ([1], r"record 0"),

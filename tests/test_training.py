@@ -73,7 +73,14 @@ TRL_METRICS = {
 def test_dpo_with_lora_starts_at_log_two_and_logs_trls_metrics(run_script, dpo_flags, tmp_path, golden):
     out = succeed(
         run_script(
-            "train_dpo", *dpo_flags, "--lora_enable", True, "--output_dir", tmp_path / "out", "--report_to", "tensorboard"
+            "train_dpo",
+            *dpo_flags,
+            "--lora_enable",
+            True,
+            "--output_dir",
+            tmp_path / "out",
+            "--report_to",
+            "tensorboard",
         )
     )
     assert "| lora | 157,696 | 157,696 |" in out

@@ -33,8 +33,8 @@ class Captions(SkippingDataset[Example]):
         self.image_folder = image_folder
         records = read_records(data_path)
         for where, record in records:
-            field(where, record, "conversations", list)
-            self._paths(record, where)
+            turns = field(where, record, "conversations", list)
+            builder.fill(where, turns, len(self._paths(record, where)))
         self.records = drop_missing(records, self._paths, skip_missing_images)
 
     def _paths(self, record: dict[str, Any], where: str = "") -> list[str]:

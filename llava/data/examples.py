@@ -14,7 +14,7 @@ from llava.conversation import Conversation
 from llava.data.collate import Example
 from llava.data.images import ImageLoader
 from llava.data.supervision import fill_template, tokenize_pieces
-from llava.errors import UserError, warn
+from llava.errors import BrokenImage, UserError, warn
 
 E = TypeVar("E")
 
@@ -35,6 +35,10 @@ class ExampleBuilder:
     vocab_size: int
     use_im_start_end: bool = False
 
+    def fill(self, where: str, turns: list[dict[str, Any]], n_images: int) -> Conversation:
+        """The record's turns in the template; refuses what cannot be used (see ``fill_template``), cheaply."""
+        return fill_template(where, turns, self.template, n_images, self.use_im_start_end)
+
     def tokenize(
         self, where: str, turns: list[dict[str, Any]], n_images: int, cut: Callable[[str], None] = warn
     ) -> tuple[list[int], list[int]]:
@@ -43,8 +47,7 @@ class ExampleBuilder:
         Raises:
             UserError: turns that cannot be used (see ``fill_template``), or ids the model has no embedding for.
         """
-        conversation = fill_template(where, turns, self.template, n_images, self.use_im_start_end)
-        ids, labels = tokenize_pieces(conversation.training_pieces(), self.tokenizer)
+        ids, labels = tokenize_pieces(self.fill(where, turns, n_images).training_pieces(), self.tokenizer)
         if all(label == IGNORE_INDEX for label in labels):
             raise UserError(f"{where}: no answer of 'gpt' with any text: nothing to learn; remove the record")
         if max(ids) >= self.vocab_size:
@@ -102,6 +105,6 @@ class SkippingDataset(Dataset[E]):
         for step in range(len(self)):
             try:
                 return self.make((index + step) % len(self))
-            except UserError as error:
+            except BrokenImage as error:
                 warn(f"{error}; the next record takes its place")
         raise UserError("no picture of the data set can be opened", everywhere=False)

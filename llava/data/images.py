@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from llava.errors import UserError, warn
+from llava.errors import BrokenImage, UserError, warn
 from llava.mm_utils import preprocess_image
 
 SHOWN = 5  # how many missing files a message names
@@ -21,23 +21,23 @@ def open_image(path: str | os.PathLike[str], where: str = "") -> Image.Image:
     """An RGB picture, decoded whole.
 
     Raises:
-        UserError: missing, truncated or not a picture; the message names the file (and ``where``, the record).
+        BrokenImage: missing, truncated or not a picture; the message names the file (and ``where``, the record).
     """
     prefix = f"{where}: " if where else ""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except FileNotFoundError:
-        raise UserError(f"{prefix}image {path} is missing", everywhere=False) from None
+        raise BrokenImage(f"{prefix}image {path} is missing", everywhere=False) from None
     except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(
+        raise BrokenImage(
             f"{prefix}image {path} is broken or truncated ({error}); fetch it again, or pass --skip_missing_images",
             everywhere=False,
         ) from None
 
 
 def missing_files(paths: Iterable[str]) -> set[str]:
-    """Which of ``paths`` do not exist. Every folder is listed once, so half a million files cost seconds, also on NFS."""
+    """Which of ``paths`` do not exist. Every folder is listed once: half a million files cost seconds, also on NFS."""
     by_folder: dict[str, set[str]] = defaultdict(set)
     for path in paths:
         folder, name = os.path.split(path)

@@ -152,11 +152,15 @@ class PreferencePairs(SkippingDataset[PreferenceExample]):
     """Pairs ready for training: tokenized and checked at once (they are few), pictures loaded when asked for.
 
     Raises:
-        UserError: a picture is missing, an answer is empty or wholly cut off, or a chosen answer equals its rejected one.
+        UserError: a picture is missing, an answer is empty or wholly cut off, or chosen and rejected are the same.
     """
 
     def __init__(
-        self, pairs: list[Pair], builder: ExampleBuilder, skip_missing_images: bool = False, flag: str = "--vg_path"
+        self,
+        pairs: list[Pair],
+        builder: ExampleBuilder,
+        skip_missing_images: bool = False,
+        flag: str = "--vg_path and --image_folder",
     ) -> None:
         if not pairs:
             raise UserError("no preference pairs: the files hold none that can be trained on")

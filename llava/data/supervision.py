@@ -87,6 +87,8 @@ def fill_template(
     conversation = template.copy()
     said = []
     for index, turn in enumerate(turns):
+        if not isinstance(turn, dict):
+            raise UserError(f"{where}: turn {index}: expected an object with 'from' and 'value', found {turn!r:.40}")
         speaker = field(f"{where}: turn {index}", turn, "from", str)
         if speaker not in ROLES:
             raise UserError(f"{where}: turn {index}: unknown speaker '{speaker}'; expected one of {', '.join(ROLES)}")

@@ -14,7 +14,7 @@ from llava.distributed import World
 from llava.errors import UserError
 from llava.eval.answer import Answerer, Question
 from llava.eval.answer_files import AnswerFile
-from llava.eval.pope import Answer, Confusion, Label, read_labels, read_questions_of, score
+from llava.eval.pope import Answer, Confusion, Label, read_labels, read_questions_of, score, set_of
 from llava.files import sha256
 from llava.model.checkpoint import fingerprint
 
@@ -57,6 +57,8 @@ def read_questions(name: str, pope_path: str, coco_path: str, skip_missing_image
 def _question_file(name: str, pope_path: str) -> Path:
     given = Path(pope_path).expanduser()
     if given.is_file():
+        if set_of(given) != name:
+            raise UserError(f"--pope_path {pope_path}: not the set '{name}' by its name; pass the folder of the files")
         return given
     places = [given / f"coco_pope_{name}.json", given / "output" / "coco" / f"coco_pope_{name}.json"]
     for place in places:

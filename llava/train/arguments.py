@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from llava.conversation import template
 from llava.errors import UserError, warn
@@ -330,7 +331,21 @@ def parse(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple[Any
     for flag, reason in NOTHING_TO_DO.items():
         if flag in given and os.environ.get("RANK", "0") == "0":
             print(f"note: --{flag} has nothing to do here: {reason}", file=sys.stderr)
+    _settle_evaluation(parsed, given)
     return tuple(parsed)
+
+
+def _settle_evaluation(parsed: list[Any], given: set[str]) -> None:
+    """Held-out data is measured ten times a run unless the flags say when; an evaluation without data is refused."""
+    train_args = next(args for args in parsed if isinstance(args, TrainingArguments))
+    held_out = next(args.eval_data_path for args in parsed if hasattr(args, "eval_data_path"))
+    if held_out is None:
+        if train_args.eval_strategy != IntervalStrategy.NO:
+            raise UserError(
+                f"--eval_strategy {train_args.eval_strategy.value} needs held-out data; pass --eval_data_path"
+            )
+    elif not {"eval_strategy", "evaluation_strategy"} & given:
+        train_args.eval_strategy, train_args.eval_steps, train_args.do_eval = IntervalStrategy.STEPS, 0.1, True
 
 
 def as_dict(*groups: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,12 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from llava.errors import UserError
+from llava.files import publish
 from llava.run_card import RunCard
 from llava.train.losses import dpo_loss, row_logps, row_mean_logits
 from llava.train.reference import Reference
@@ -41,6 +45,7 @@ class LlavaTrainer(Trainer):
         image_processor: Any,
     ) -> None:
         self.parts = parts
+        self._staging: Path | None = None
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         super().__init__(
@@ -119,6 +124,44 @@ class LlavaTrainer(Trainer):
 
     def _last_training_log(self) -> dict[str, Any]:
         return next((dict(log) for log in reversed(self.state.log_history) if "loss" in log), {})
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint is written beside its place and named when it is complete, so that no kill leaves half of one."""
+        output_dir = Path(self.args.output_dir)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._staging = output_dir / ".unfinished"
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            staged, self._staging = self._staging / name, None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(output_dir / name, ignore_errors=True)
+            os.replace(staged, output_dir / name)
+            shutil.rmtree(staged.parent)
+            if self.state.best_global_step:
+                best = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+                self.state.best_model_checkpoint = str(best)
+            rotate_checkpoints(
+                output_dir=str(output_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def save_state(self) -> None:
+        """``trainer_state.json``, whole or not at all."""
+        if self.is_world_process_zero():
+            temporary = Path(self.args.output_dir) / f".{TRAINER_STATE_NAME}"
+            self.state.save_to_json(str(temporary))
+            publish(temporary, temporary.with_name(TRAINER_STATE_NAME))
+
+    def _load_best_model(self) -> None:
+        load_trained(self.accelerator.unwrap_model(self.model), Path(self.state.best_model_checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
@@ -199,15 +242,20 @@ class OneLinePerLog(TrainerCallback):
             print(f"step {state.global_step}/{state.max_steps} {values}", flush=True)
 
 
-def last_complete_checkpoint(output_dir: str) -> str | None:
-    """The newest ``checkpoint-N`` that was written to its end (``trainer_state.json`` is written last)."""
-    if not os.path.isdir(output_dir):
+def checkpoint_to_resume(args: Any) -> str | None:
+    """The folder to go on from: the newest of ``--output_dir``, or what ``--resume_from_checkpoint`` says.
+
+    A ``checkpoint-N`` gets its name when it is complete, so the newest one is whole. ``False`` starts afresh.
+
+    Raises:
+        UserError: the folder that the flag names is no checkpoint.
+    """
+    wanted = args.resume_from_checkpoint
+    if wanted in (None, "True", "true"):
+        folders = [f for f in Path(args.output_dir).glob("checkpoint-*") if (f / TRAINER_STATE_NAME).is_file()]
+        return str(max(folders, key=lambda folder: int(folder.name.split("-")[-1]))) if folders else None
+    if wanted in ("False", "false"):
         return None
-    last = get_last_checkpoint(output_dir)
-    complete = [
-        folder
-        for folder in Path(output_dir).glob("checkpoint-*")
-        if folder.name.split("-")[-1].isdigit() and (folder / "trainer_state.json").is_file()
-    ]
-    newest = max(complete, key=lambda folder: int(folder.name.split("-")[-1]), default=None)
-    return str(newest) if last and newest else None
+    if not (Path(wanted) / TRAINER_STATE_NAME).is_file():
+        raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint of a run ({TRAINER_STATE_NAME} is missing)")
+    return wanted
