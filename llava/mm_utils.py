@@ -49,7 +49,7 @@ def expand2square(image: Image.Image, background: tuple[int, int, int]) -> Image
 
 
 def preprocess_image(image: Image.Image, image_processor: Any, image_aspect_ratio: str | None = None) -> torch.Tensor:
-    """One RGB picture -> (3, H, W) float32. 'pad' keeps all of it on a square of the mean colour; else CLIP's centre crop."""
+    """One RGB picture -> (3, H, W) float32: with 'pad' all of it on a square of the mean colour, else CLIP's crop."""
     if image_aspect_ratio == "pad":
         image = expand2square(image, tuple(int(x * 255) for x in image_processor.image_mean))
     return image_processor.preprocess(image, return_tensors="pt")["pixel_values"][0]

@@ -1,4 +1,4 @@
-"""What the tests share: recordings, the repository's root, scripts run in this process, and a picture for every name."""
+"""What the tests share: recordings, scripts run in this process, and a picture for every name."""
 
 from __future__ import annotations
 

@@ -205,7 +205,7 @@ def test_greedy_answers_are_upstreams(golden, loaded):
 
 
 def test_a_left_padded_batch_answers_as_one_at_a_time(golden, loaded):
-    tokenizer, model, image_processor = loaded
+    _, model, image_processor = loaded
     asked = [q for q in questions(golden) if q["image"]]
     pictures = [Image.open(golden / "images" / q["image"]) for q in asked]
     rows = [torch.tensor(q["input_ids"]) for q in asked]

@@ -214,7 +214,7 @@ def write_model_weights(folder: Path, state: State, max_shard_size: str = "5GB")
 
 
 def fingerprint(path: str) -> list[list[Any]] | str:
-    """Name, size and time of the weight files in a folder (cheap, and different after any training); a hub id itself."""
+    """Name, size and time of a folder's weight files (cheap, and different after any training); a hub id itself."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return path

@@ -116,8 +116,8 @@ def _existing_config(folder: Path, model_args: Any, cache: str | None) -> tuple[
         shape = tower_shape(tower)
         if shape["hidden_size"] != config["mm_hidden_size"]:
             raise UserError(
-                f"--vision_tower {model_args.vision_tower}: width {shape['hidden_size']}, but the connector of {folder} "
-                f"takes {config['mm_hidden_size']}"
+                f"--vision_tower {model_args.vision_tower}: width {shape['hidden_size']}, but the connector of "
+                f"{folder} takes {config['mm_hidden_size']}"
             )
         config.update(mm_vision_tower=model_args.vision_tower, mm_vision_config=shape)
     else:

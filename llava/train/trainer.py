@@ -129,7 +129,7 @@ class LlavaTrainer(Trainer):
         return str(self._staging or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A checkpoint is written beside its place and named when it is complete, so that no kill leaves half of one."""
+        """A checkpoint is written beside its place and named when it is complete: no kill leaves half of one."""
         output_dir = Path(self.args.output_dir)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._staging = output_dir / ".unfinished"
