@@ -190,18 +190,22 @@ def questions(golden):
     return json.loads((golden / "forward" / "forward_HADPO_tf4.31.0.json").read_text())["generation"]
 
 
+def answer(golden, model, image_processor, question):
+    """Up to 24 new ids for a recorded question, with its picture where it has one."""
+    images = None
+    if question["image"]:
+        images = process_images([Image.open(golden / "images" / question["image"])], image_processor, model.config)
+    ids = torch.tensor([question["input_ids"]])
+    return model.generate(ids, images=images, do_sample=False, max_new_tokens=24)[0].tolist()
+
+
 def test_greedy_answers_are_upstreams(golden, loaded):
     tokenizer, model, image_processor = loaded
-    for asked in questions(golden):
-        ids = tokenizer_image_token(asked["prompt"], tokenizer, return_tensors="pt")[None]
-        assert ids[0].tolist() == asked["input_ids"]
-        images = None
-        if asked["image"]:
-            picture = Image.open(golden / "images" / asked["image"])
-            images = process_images([picture], image_processor, model.config)
-        new = model.generate(ids, images=images, do_sample=False, max_new_tokens=24)
-        assert new[0].tolist() == asked["output_ids"]
-        assert tokenizer.batch_decode(new, skip_special_tokens=True)[0].strip() == asked["decoded_strip"]
+    for question in questions(golden):
+        assert tokenizer_image_token(question["prompt"], tokenizer) == question["input_ids"]
+        new = answer(golden, model, image_processor, question)
+        assert new == question["output_ids"]
+        assert tokenizer.decode(new, skip_special_tokens=True).strip() == question["decoded_strip"]
 
 
 def test_a_left_padded_batch_answers_as_one_at_a_time(golden, loaded):
@@ -257,3 +261,24 @@ def test_the_loader_gives_what_upstreams_gives(golden):
     assert model.dtype == (torch.float16 if torch.cuda.is_available() else torch.float32)
     assert model.config.model_type == "llava_llama"
     assert tokenizer.pad_token_id == 0
+
+
+def test_answers_of_a_merged_lora_are_upstreams(golden):
+    _, model, image_processor, _ = load_pretrained_model(
+        str(golden / "tiny-llava-lora"), str(golden / "tiny-llava-original")
+    )
+    recorded = json.loads((golden / "forward" / "lora_generation_HADPO_tf4.31.0.json").read_text())
+    assert recorded
+    for question in recorded:
+        assert answer(golden, model, image_processor, question) == question["output_ids"]
+
+
+def test_the_end_token_ends_an_answer(golden):
+    tokenizer, model, image_processor, _ = load_pretrained_model(str(golden / "tiny-llava-original"), None)
+    recorded = json.loads((golden / "forward" / "forward_HADPO_tf4.31.0.json").read_text())
+    first, second = recorded["eos_variant_swapped_lm_head_rows"]
+    with torch.no_grad():
+        model.lm_head.weight[[first, second]] = model.lm_head.weight[[second, first]]
+    answers = [answer(golden, model, image_processor, q) for q in recorded["generation_eos_variant"]]
+    assert answers == [q["output_ids"] for q in recorded["generation_eos_variant"]]
+    assert any(new[-1] == tokenizer.eos_token_id for new in answers)

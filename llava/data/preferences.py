@@ -170,7 +170,9 @@ class PreferencePairs(SkippingDataset[PreferenceExample]):
             [(pair.where, pair) for pair in pairs], lambda pair: [pair.image], skip_missing_images, flag
         )
         self.pairs = [pair for _, pair in kept]
-        self._rows = [(self._row(pair, "chosen"), self._row(pair, "rejected")) for pair in self.pairs]
+        distinct = dict.fromkeys(self.pairs)  # HA-DPO lists every description twice
+        rows = {pair: (self._row(pair, "chosen"), self._row(pair, "rejected")) for pair in distinct}
+        self._rows = [rows[pair] for pair in self.pairs]
 
     def _row(self, pair: Pair, side: str) -> tuple[list[int], list[int]]:
         answer = getattr(pair, side)

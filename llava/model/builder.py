@@ -83,7 +83,10 @@ def local_folder(name_or_path: str, flag: str, near: Path | None = None, cache_d
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name_or_path, cache_dir=cache_dir))
+        # The same weights for other frameworks are left where they are.
+        return Path(
+            snapshot_download(name_or_path, cache_dir=cache_dir, ignore_patterns=["*.h5", "*.msgpack", "*.onnx"])
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{flag} {name_or_path}: no such folder, and the hub does not give it ({type(error).__name__})"

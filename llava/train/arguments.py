@@ -144,7 +144,7 @@ class LlavaTrainingArguments(TrainingArguments):
     lora_r: int = field(default=64, metadata={"help": "LoRA rank"})
     lora_alpha: int = field(default=16, metadata={"help": "LoRA scale is alpha / r"})
     lora_dropout: float = field(default=0.05, metadata={"help": "LoRA dropout"})
-    lora_bias: str = field(default="none", metadata={"help": "none | all | lora_only"})
+    lora_bias: str = field(default="none", metadata={"help": "only none"})
     lora_weight_path: str | None = field(default=None, metadata={"help": "not supported"})
     mm_projector_lr: float | None = field(default=None, metadata={"help": "rate of the connector; 0 freezes it"})
     group_by_modality_length: bool = field(default=False, metadata={"help": "batches of like kind and length"})
@@ -186,8 +186,16 @@ class LlavaTrainingArguments(TrainingArguments):
             raise UserError("--mpt_attn_impl belongs to MPT models, which are not supported")
         if self.remove_unused_columns:
             raise UserError("--remove_unused_columns True is not supported: records become batches in the collator")
-        if self.lora_bias not in ("none", "all", "lora_only"):
-            raise UserError(f"--lora_bias {self.lora_bias}: expected none, all or lora_only")
+        if self.lora_bias != "none":
+            raise UserError(f"--lora_bias {self.lora_bias} is not supported: Llama has no biases; pass none")
+        for flag, nothing in (("label_smoothing_factor", 0), ("use_liger_kernel", False), ("push_to_hub", False)):
+            if getattr(self, flag) != nothing:
+                raise UserError(f"--{flag} is not supported by these trainers; leave it out")
+        if self.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            raise UserError(
+                f"--train_sampling_strategy {self.train_sampling_strategy} is not supported; "
+                "pass --group_by_modality_length True"
+            )
         if self.lora_r < 1:
             raise UserError(f"--lora_r {self.lora_r}: expected 1 or more")
         if self.fsdp:
@@ -197,9 +205,9 @@ class LlavaTrainingArguments(TrainingArguments):
         """What this machine cannot do is switched off with one line."""
         if not torch.accelerator.is_available():
             self.use_cpu = True
-        if self.use_cpu and self.tf32:
-            warn("--tf32 True: there is no CUDA device; float32 stays float32")
-        if self.use_cpu:
+        if self.use_cpu or not torch.cuda.is_available():
+            if self.tf32:
+                warn("--tf32 True: there is no CUDA device; float32 stays float32")
             self.tf32 = None
         if self.use_cpu and self.fp16:
             warn("--fp16 True: the CPU does not train in float16; float32 is used")

@@ -22,7 +22,7 @@ def prepare_processes(argv: list[str] | None = None) -> None:
     quiet()
     if not any(arg == "--deepspeed" or arg.startswith("--deepspeed=") for arg in argv):
         return
-    on_cpu = not torch.accelerator.is_available() or "--use_cpu" in argv
+    on_cpu = not torch.cuda.is_available() or "--use_cpu" in argv
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # accelerate reads it as "no DeepSpeed, please": the run would go on without ZeRO and say nothing.

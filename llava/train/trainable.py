@@ -9,6 +9,7 @@ from torch import nn
 
 from llava.errors import UserError
 from llava.model.builder import LORA_EXCLUDED
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 
 # The order in which they are printed. "backbone" is the decoder with its embeddings, without the head.
 PARTS = ("projector", "lora", "backbone", "lm_head", "vision_tower")
@@ -81,7 +82,6 @@ def add_lora(model: nn.Module, train_args: Any) -> nn.Module:
         r=train_args.lora_r,
         lora_alpha=train_args.lora_alpha,
         lora_dropout=train_args.lora_dropout,
-        bias=train_args.lora_bias,
         target_modules=leaves,
         exclude_modules=LORA_EXCLUDED,
         task_type="CAUSAL_LM",
@@ -96,10 +96,15 @@ def switch_on(model: nn.Module, parts: Iterable[str]) -> None:
         UserError: a part has no parameters to train (an identity connector).
     """
     parts = set(parts)
+    # The tower's layers behind the chosen one never run; DDP would wait for their gradients.
+    idle = {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, CLIPVisionTower)
+        for name in module.idle_parameters()
+    }
     for name, parameter in model.named_parameters():
-        part = part_of(name)
-        lora_bias = part == "backbone" and "lora" in parts and parameter.requires_grad  # PEFT's choice by --lora_bias
-        parameter.requires_grad_(part in parts or lora_bias)
+        parameter.requires_grad_(part_of(name) in parts and name not in idle)
         # Optimizer states and updates are float32 also where the frozen rest is half precision.
         if parameter.requires_grad and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.float()

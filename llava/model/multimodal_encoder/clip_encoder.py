@@ -52,13 +52,23 @@ class CLIPVisionTower(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.vision_tower.embeddings.class_embedding.dtype
 
+    @property
+    def num_layers(self) -> int:
+        """How many layers run."""
+        return self.select_layer % (self.config.num_hidden_layers + 1)
+
+    def idle_parameters(self) -> list[str]:
+        """Names of the parameters that no forward touches: layers behind the chosen one, and the last norm."""
+        behind = range(self.num_layers, self.config.num_hidden_layers)
+        idle = ("vision_tower.post_layernorm.", *(f"vision_tower.encoder.layers.{i}." for i in behind))
+        return [n for n, _ in self.named_parameters() if n.startswith(idle)]
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) -> (N, num_features, hidden_size). No graph is kept unless the tower itself trains."""
         trains = any(p.requires_grad for p in self.vision_tower.parameters())
         with contextlib.nullcontext() if trains else torch.no_grad():
             tower = self.vision_tower
             hidden = tower.pre_layrnorm(tower.embeddings(images.to(self.dtype)))
-            n_layers = self.select_layer % (self.config.num_hidden_layers + 1)
-            for layer in tower.encoder.layers[:n_layers]:
+            for layer in tower.encoder.layers[: self.num_layers]:
                 hidden = layer(hidden, attention_mask=None)
         return hidden[:, FEATURES[self.select_feature]]
