@@ -5,6 +5,7 @@ Everything runs in this process (``run_script``), the training scripts over the 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pickle
 import shutil
@@ -112,7 +113,7 @@ def train(request):
 
 @pytest.fixture
 def refused(tmp_path):
-    """``refused(result, *parts)``: the run ended as bad input does, its one line holds ``parts``, no weights are left."""
+    """``refused(result, *parts)``: the run ended as bad input does, in one line that holds ``parts``; no weights."""
 
     def check(result, *parts):
         code, _, err = result
@@ -341,11 +342,12 @@ REFUSED_FLAGS = [
     ({"image_aspect_ratio": "anyres"}, ["--image_aspect_ratio anyres", "expected pad or square"]),
     ({"mm_vision_select_feature": "cls"}, ["--mm_vision_select_feature cls", "expected patch or cls_patch"]),
     ({"lora_r": 0}, ["--lora_r 0", "expected 1 or more"]),
-    ({"lora_bias": "some"}, ["--lora_bias some", "expected none, all or lora_only"]),
+    ({"lora_bias": "all"}, ["--lora_bias all", "none"]),
     ({"remove_unused_columns": True}, ["--remove_unused_columns True"]),
-    ({"deepspeed": None, "fsdp": "full_shard"}, ["--fsdp", "--deepspeed zero_configs/zero3.json"]),
+    ({"fsdp": "full_shard"}, ["--fsdp", "--deepspeed zero_configs/zero3.json"]),
     ({"mpt_attn_impl": "torch"}, ["--mpt_attn_impl"]),
-    ({"eval_strategy": "steps", "eval_steps": 1}, ["eval"]),
+    ({"eval_strategy": "epoch"}, ["--eval_strategy epoch needs held-out data", "--eval_data_path"]),
+    ({"evaluation_strategy": "epoch"}, ["--eval_strategy epoch needs held-out data", "--eval_data_path"]),
 ]
 
 
@@ -365,6 +367,58 @@ def test_flags_that_cannot_be_honoured(train, refused, flags, parts):
 )
 def test_flags_of_preference_training_that_cannot_be_honoured(dpo, refused, flags, parts):
     refused(dpo(**flags), *parts)
+
+
+def test_a_value_of_another_kind(train, refused):
+    refused(train(model_max_length="long"), "--model_max_length", "'long'")
+
+
+# Values that no run can have, found out before the weights are read.
+IMPOSSIBLE = [
+    {"model_max_length": 0},
+    {"per_device_train_batch_size": 0},
+    {"gradient_accumulation_steps": 0},
+    {"report_to": "nowhere"},
+    {"attn_implementation": "fast"},
+]
+
+
+@pytest.mark.parametrize("flags", IMPOSSIBLE, ids=lambda flags: next(iter(flags)))
+def test_values_that_no_run_can_have(train, refused, flags):
+    ((name, value),) = flags.items()
+    refused(train(**flags), f"--{name}", value)
+
+
+def test_flash_attention_that_is_not_installed(train, pope, refused):
+    if importlib.util.find_spec("flash_attn") is not None:
+        pytest.skip("it is installed")
+    refused(train(attn_implementation="flash_attention_2"), "--attn_implementation flash_attention_2")
+    refused(pope(attn_implementation="flash_attention_2"), "--attn_implementation flash_attention_2")
+
+
+def test_an_output_dir_that_is_a_file(train, refused, tmp_path):
+    file = written(tmp_path / "file", "")
+    refused(train(output_dir=file), f"--output_dir {file}")
+
+
+def test_a_checkpoint_to_resume_that_is_none(train, refused, tmp_path):
+    refused(train(resume_from_checkpoint=tmp_path), f"--resume_from_checkpoint {tmp_path}", "trainer_state.json")
+
+
+DEEPSPEED_FILES = [
+    (None, "no such file"),
+    ("{", "zero.json: broken JSON at line 1, byte 1"),
+    ("[]", "expected a JSON object"),
+]
+
+
+@pytest.mark.parametrize(("content", "part"), DEEPSPEED_FILES)
+def test_a_deepspeed_config_that_cannot_be_used(monkeypatch, train, refused, tmp_path, content, part):
+    for script in ("train_dpo", "train_pretrain"):  # no process group: it would outlive this test
+        monkeypatch.setattr(f"{script}.prepare_processes", lambda: None)
+    if content is not None:
+        written(tmp_path / "zero.json", content)
+    refused(train(deepspeed=tmp_path / "zero.json"), tmp_path / "zero.json", part)
 
 
 def test_a_missing_held_out_file(train, refused):
@@ -440,7 +494,7 @@ def model(golden, tmp_path):
 
 
 def test_a_pickle_that_could_run_code(train, refused, model):
-    (model / "pytorch_model.bin").write_bytes(pickle.dumps({"lm_head.weight": Payload()}))
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps({"lm_head.weight": Payload()}, protocol=2))
     result = train(model_name_or_path=model, vision_tower=None)
     refused(result, model / "pytorch_model.bin", "could run code", "safetensors")
     assert "arbitrary code ran" not in result[1]
@@ -496,15 +550,6 @@ def test_a_connector_file_without_connector(pretrain, refused, tmp_path):
 
 def test_a_connector_file_that_is_not_there(pretrain, refused):
     refused(pretrain(pretrain_mm_mlp_adapter="gone.bin"), "--pretrain_mm_mlp_adapter gone.bin: no such file")
-
-
-# --- the deepspeed config
-
-
-def test_a_missing_deepspeed_config(monkeypatch, train, refused):
-    pytest.importorskip("deepspeed")
-    monkeypatch.setattr("llava.train.launch.prepare_processes", lambda: None)
-    refused(train(deepspeed="gone.json"), "--deepspeed gone.json: no such file")
 
 
 # --- POPE
@@ -629,6 +674,15 @@ def test_an_adapter_that_could_run_code(pope, refused, golden, lora):
     result = pope(**{"model-path": lora, "model-base": golden / "tiny-llava-original"})
     refused(result, lora / "adapter_model.bin", "could run code")
     assert "arbitrary code ran" not in result[1]
+
+
+@pytest.mark.parametrize("flag", ["--load-4bit", "--load-8bit"])
+def test_quantized_weights_need_their_package(run_script, refused, golden, pope_world, flag):
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        pytest.skip("it is installed")
+    model, coco, questions = golden / "tiny-llava-original", pope_world / "coco", pope_world / "pope"
+    flags = flags_of({"model-path": model, "coco_path": coco, "pope_path": questions, "output_dir": "out"})
+    refused(run_script("pope_eval", *flags, flag), flag, "pip install bitsandbytes")
 
 
 def test_a_batch_of_nothing(pope, refused):

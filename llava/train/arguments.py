@@ -162,11 +162,14 @@ class LlavaTrainingArguments(TrainingArguments):
             self.warmup_steps = self.warmup_ratio or 0
         if self.logging_dir is not None:
             os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
-        if self.activation_checkpointing is None:  # the name that transformers 5 moves to
-            self.activation_checkpointing = self.gradient_checkpointing
-        if self.activation_checkpointing_kwargs is None:
-            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs or {"use_reentrant": False}
-        self.gradient_checkpointing, self.gradient_checkpointing_kwargs = None, None
+        self.gradient_checkpointing_kwargs = self.gradient_checkpointing_kwargs or {"use_reentrant": False}
+        if hasattr(self, "activation_checkpointing"):  # the names that transformers 5.23 moves to
+            if self.activation_checkpointing is None:
+                self.activation_checkpointing = self.gradient_checkpointing
+            self.activation_checkpointing_kwargs = (
+                self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs
+            )
+            self.gradient_checkpointing, self.gradient_checkpointing_kwargs = None, None
         self._refuse()
         self._fit_machine()
         self.deepspeed = deepspeed_config(self.deepspeed, on_cpu=self.use_cpu)
