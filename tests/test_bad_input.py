@@ -386,7 +386,9 @@ IMPOSSIBLE = [
 @pytest.mark.parametrize("flags", IMPOSSIBLE, ids=lambda flags: next(iter(flags)))
 def test_values_that_no_run_can_have(train, refused, flags):
     ((name, value),) = flags.items()
-    refused(train(**flags), f"--{name}", value)
+    result = train(**flags)
+    refused(result, f"--{name}", value)
+    assert "Loading weights" not in result[2]
 
 
 def test_flash_attention_that_is_not_installed(train, pope, refused):

@@ -180,8 +180,16 @@ def test_plain_is_a_picture_and_its_caption(name):
 
 @pytest.mark.parametrize(
     ("name", "stop"),
-    [("v0", "###"), ("v1", "</s>"), ("llava_v1", "</s>"), ("llama_2", "</s>"), ("mpt", "<|im_end|>"), ("plain", "\n")]
-    + [("qwen", "<|im_end|>"), ("chatml_direct", "<|im_end|>")],
+    [
+        ("v0", "###"),
+        ("v1", "</s>"),
+        ("llava_v1", "</s>"),
+        ("llama_2", "</s>"),
+        ("plain", "\n"),
+        ("mpt", "<|im_end|>"),
+        ("chatml_direct", "<|im_end|>"),
+        ("qwen", "<|im_end|>"),
+    ],
 )
 def test_a_turn_ends_with_the_stop_string(name, stop):
     assert template(name).stop_string == stop

@@ -192,7 +192,8 @@ def test_qwen_has_no_bos_and_learns_every_answer_with_its_end_mark(qwen):
     assert len(ids) == len(labels)
     # What is left of the text once the picture is taken out is the text itself: nothing is lost, nothing twice.
     text = (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nIs there a dog?<|im_end|>\n"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<image>\nIs there a dog?<|im_end|>\n"
         "<|im_start|>assistant\nYes, 一只狗 🐶.<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n"
         "<|im_start|>assistant\nYes.<|im_end|>\n"
     )
@@ -280,12 +281,11 @@ def test_a_turn_that_is_no_object_is_named(turn):
 
 @pytest.mark.parametrize(("turns", "n_images"), [([HI, HELLO, MORE, BYE], 1), ([HI, HELLO], 0), ([HI], 1)])
 def test_plain_wants_one_picture_and_one_caption(turns, n_images):
-    with pytest.raises(UserError, match="template 'plain' takes one image.*use --version v1 for conversations"):
+    with pytest.raises(UserError, match=r"template 'plain' takes one image.*use --version v1 for conversations"):
         fill_template("r", turns, template("plain"), n_images)
 
 
 def test_ids_outside_the_vocabulary_are_refused_with_the_token(tokenizer):
-    # "</s>" has id 2: a vocabulary of two rows has no embedding for it, and "▁..." pieces lie higher still.
     with pytest.raises(UserError, match=r"r: token id \d+ \('.+'\) is outside the model's vocabulary of 200;"):
         builder(tokenizer, vocab_size=200).tokenize("r", [HI, HELLO], n_images=0)
 

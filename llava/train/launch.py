@@ -57,6 +57,8 @@ def free_port() -> int:
 
 def quiet() -> None:
     """Messages of libraries that say nothing a user could act on."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found none
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
