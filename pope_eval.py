@@ -88,7 +88,9 @@ def main() -> None:
     card = RunCard(folder, vars(args), data_files, seed=None, name=f"run_{SETS.get(args.set, args.set)}.json")
     metrics, rows = {}, []
     for name in names:
-        counts = answer_set(answerer, questions[name], folder, settings, args.batch_size, world)
+        counts = answer_set(
+            answerer, questions[name], folder, settings, args.batch_size, world, args.skip_missing_images
+        )
         metrics[name] = counts.as_dict()
         rows.append(table_row(label, name, "-", counts))
     if world.rank == 0:

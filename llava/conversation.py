@@ -96,9 +96,10 @@ class Conversation:
         for role, message in self.messages[self.offset :]:
             # The "###" that follows an answer is what stops generation, so it belongs to the answer.
             yield Piece(self.sep, supervised=after_answer)
-            yield Piece(f" {role}: ")
+            yield Piece(f" {role}:")
             after_answer = role == self.roles[1]
-            yield Piece(f"{message or ''}\n", supervised=after_answer)
+            # With the space before it: a token is learnt where it begins, and SentencePiece's "▁word" begins there.
+            yield Piece(f" {message or ''}\n", supervised=after_answer)
         yield Piece(self.sep, supervised=after_answer)
         yield Piece(" ")
 

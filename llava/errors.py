@@ -21,6 +21,8 @@ class UserError(Exception):
     rank 0 needs to print it. An error met inside training or a data worker may exist on one rank only.
     """
 
+    mend = ""  # what a script adds to the message
+
     def __init__(self, message: str, *, everywhere: bool = True) -> None:
         if "Original Traceback" in message:
             # A DataLoader worker's exception arrives as the text of its traceback; the last line is the message.
@@ -32,6 +34,8 @@ class UserError(Exception):
 
 class BrokenImage(UserError):
     """A picture that is missing or cannot be decoded: the one error that ``--skip_missing_images`` passes over."""
+
+    mend = "; fetch it again, or pass --skip_missing_images"
 
 
 def warn(message: str) -> None:
@@ -51,7 +55,7 @@ def command_line(main: Callable[[], T]) -> Callable[[], T]:
             rank = os.environ.get("RANK", "0")
             if rank == "0" or not error.everywhere:
                 where = f"[rank {rank}] " if rank != "0" else ""
-                print(f"{where}error: {error}", file=sys.stderr, flush=True)
+                print(f"{where}error: {error}{error.mend}", file=sys.stderr, flush=True)
             sys.stdout.flush()
             # The other ranks may be waiting in a collective: the interpreter's exit would wait for them.
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:

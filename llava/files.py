@@ -41,7 +41,7 @@ def _decode(path: Path, raw: bytes, offset: int = 0) -> str:
 
 def read_json(path: str | os.PathLike[str]) -> Any:
     """One JSON document."""
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -52,9 +52,17 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise _json_error(path, error) from None
 
 
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """One JSON document that is an object."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
 def read_jsonl(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]:
     """JSON lines as ``(line number from 1, object)``; blank lines are skipped, anything else must be an object."""
-    path = Path(path)
+    path = Path(path).expanduser()
     rows: list[tuple[int, dict[str, Any]]] = []
     offset = 0
     try:
@@ -102,6 +110,8 @@ def field(where: str, record: dict[str, Any], key: str, kind: type | tuple[type,
     kinds = kind if isinstance(kind, tuple) else (kind,)
     wanted = " or ".join(k.__name__ for k in kinds)
     tail = f"; {mend}" if mend else ""
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected an object with '{key}', found {type(record).__name__}{tail}")
     if key not in record:
         keys = ", ".join(map(str, record)) or "none"
         raise UserError(f"{where}: no key '{key}' (a {wanted} is expected; found the keys: {keys}){tail}")

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from llava.errors import UserError
-from llava.files import read_json, write_json
+from llava.files import read_object, write_json
 
 SPACE = "▁"
 
@@ -203,7 +203,7 @@ def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
         folder = _downloaded(str(path), kwargs.get("cache_dir"))
     if (folder / "tokenizer.model").is_file():
         config_file = folder / "tokenizer_config.json"
-        config = read_json(config_file) if config_file.is_file() else {}
+        config = read_object(config_file) if config_file.is_file() else {}
         if config.get("tokenizer_class", "LlamaTokenizer").startswith("Llama"):
             return _sentencepiece(folder, config, kwargs)
     try:
@@ -232,7 +232,7 @@ def _downloaded(name: str, cache_dir: str | None) -> Path:
 
 def _sentencepiece(folder: Path, config: dict[str, Any], overrides: dict[str, Any]) -> SentencePieceTokenizer:
     special_file = folder / "special_tokens_map.json"
-    special = read_json(special_file) if special_file.is_file() else {}
+    special = read_object(special_file) if special_file.is_file() else {}
     settings: dict[str, Any] = {
         "padding_side": "right",  # transformers 4's default, which LLaVA relies on
         "model_max_length": config.get("model_max_length", int(1e30)),
@@ -247,7 +247,12 @@ def _sentencepiece(folder: Path, config: dict[str, Any], overrides: dict[str, An
     if "padding_side" in config:
         settings["padding_side"] = config["padding_side"]
     settings.update({k: v for k, v in overrides.items() if k in ("model_max_length", "padding_side")})
-    tokenizer = SentencePieceTokenizer(str(folder / "tokenizer.model"), **settings)
+    try:
+        tokenizer = SentencePieceTokenizer(str(folder / "tokenizer.model"), **settings)
+    except RuntimeError:
+        raise UserError(
+            f"{folder / 'tokenizer.model'}: no SentencePiece model (truncated?); download it again"
+        ) from None
     tokenizer.name_or_path = str(folder)
 
     added = {
@@ -256,7 +261,7 @@ def _sentencepiece(folder: Path, config: dict[str, Any], overrides: dict[str, An
     }
     added_file = folder / "added_tokens.json"
     if added_file.is_file():
-        added.update({token: (index, token.startswith("<")) for token, index in read_json(added_file).items()})
+        added.update({token: (index, token.startswith("<")) for token, index in read_object(added_file).items()})
     for token, (index, is_special) in sorted(added.items(), key=lambda item: item[1][0]):
         if tokenizer.convert_tokens_to_ids(token) != index or token not in tokenizer._added_tokens_encoder:
             tokenizer.add_tokens([token], special_tokens=is_special)

@@ -41,7 +41,8 @@ class Captions(SkippingDataset[Example]):
         names = record.get("image") or []
         names = names if isinstance(names, list) else [names]
         if not all(isinstance(name, str) for name in names):
-            raise UserError(f"{where}: key 'image' must be a path or a list of paths, found {names[0]!r}")
+            other = next(name for name in names if not isinstance(name, str))
+            raise UserError(f"{where}: key 'image' must be a path or a list of paths, found {other!r}")
         return [join(self.image_folder, name) for name in names]
 
     def __len__(self) -> int:

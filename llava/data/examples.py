@@ -37,7 +37,10 @@ class ExampleBuilder:
 
     def fill(self, where: str, turns: list[dict[str, Any]], n_images: int) -> Conversation:
         """The record's turns in the template; refuses what cannot be used (see ``fill_template``), cheaply."""
-        return fill_template(where, turns, self.template, n_images, self.use_im_start_end)
+        conversation = fill_template(where, turns, self.template, n_images, self.use_im_start_end)
+        if not any(piece.supervised and piece.text for piece in conversation.training_pieces()):
+            raise UserError(f"{where}: no answer of 'gpt' with any text: nothing to learn; remove the record")
+        return conversation
 
     def tokenize(
         self, where: str, turns: list[dict[str, Any]], n_images: int, cut: Callable[[str], None] = warn
@@ -103,8 +106,12 @@ class SkippingDataset(Dataset[E]):
         if not self.skip_missing_images:
             return self.make(index)
         for step in range(len(self)):
+            number = (index + step) % len(self)
             try:
-                return self.make((index + step) % len(self))
+                return self.make(number)
             except BrokenImage as error:
-                warn(f"{error}; the next record takes its place")
+                named = self.__dict__.setdefault("_named", set())
+                if number not in named:
+                    named.add(number)
+                    warn(f"{error}; the next record takes its place")
         raise UserError("no picture of the data set can be opened", everywhere=False)

@@ -30,10 +30,7 @@ def open_image(path: str | os.PathLike[str], where: str = "") -> Image.Image:
     except FileNotFoundError:
         raise BrokenImage(f"{prefix}image {path} is missing", everywhere=False) from None
     except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BrokenImage(
-            f"{prefix}image {path} is broken or truncated ({error}); fetch it again, or pass --skip_missing_images",
-            everywhere=False,
-        ) from None
+        raise BrokenImage(f"{prefix}image {path} is broken or truncated ({error})", everywhere=False) from None
 
 
 def missing_files(paths: Iterable[str]) -> set[str]:
@@ -44,7 +41,8 @@ def missing_files(paths: Iterable[str]) -> set[str]:
         by_folder[folder].add(name)
     missing: set[str] = set()
     for folder, names in by_folder.items():
-        present = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        place = folder or "."
+        present = set(os.listdir(place)) if os.path.isdir(place) else set()
         missing |= {os.path.join(folder, name) for name in names - present}
     return missing
 
@@ -99,4 +97,4 @@ class ImageLoader:
 
 def join(folder: str | os.PathLike[str] | None, name: str) -> str:
     """Path of ``name`` under ``folder``, as text."""
-    return str(Path(folder or "") / name)
+    return str((Path(folder or "") / name).expanduser())

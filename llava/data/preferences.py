@@ -48,9 +48,10 @@ class VisualGenome:
         self.files: dict[int, str] = {}
         for where, entry in read_records(self.table):
             url = field(where, entry, "url", str)
-            self.files[int(field(where, entry, "image_id", (int, str)))] = join(
-                self.root, "/".join(url.split("/")[-2:])
-            )
+            number = field(where, entry, "image_id", (int, str))
+            if not str(number).isdigit():
+                raise UserError(f"{where}: image_id {number!r} is not a number")
+            self.files[int(number)] = join(self.root, "/".join(url.split("/")[-2:]))
 
     def path(self, where: str, image_id: int | str) -> str:
         """File of an image id; ids that the table does not know are refused."""
@@ -140,8 +141,9 @@ def _read_held_out(path: str | None, genome: VisualGenome | None, image_folder: 
     if file.suffix == ".jsonl":
         return read_own_pairs(path, image_folder, "--eval_data_path")
     content = read_json(file)
-    is_desc = isinstance(content, dict)
-    if not is_desc and not (isinstance(content, list) and content and "question" in content[0]):
+    first = content[0] if isinstance(content, list) and content and isinstance(content[0], dict) else {}
+    is_desc = isinstance(content, dict) or isinstance(first.get("chosen"), list)
+    if not is_desc and "question" not in first:
         return read_own_pairs(path, image_folder, "--eval_data_path")
     if genome is None:
         raise UserError(f"--eval_data_path {path} is a HA-DPO file, which names Visual Genome images; pass --vg_path")

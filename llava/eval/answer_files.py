@@ -56,11 +56,11 @@ class AnswerFile:
             file.write("".join(_line(row) for row in rows))
 
     def merge(self, order: list[int]) -> list[dict[str, Any]]:
-        """All ranks' answers in ``order`` of their question ids; rank 0 writes the file and removes the parts."""
+        """All ranks' answers in ``order`` of the question ids; rank 0 writes the file and removes the parts."""
         self.barrier()
         parts = self._parts()
         rows = {row["question_id"]: row for part in parts for row in list(_whole_lines(part))[1:]}
-        merged = [rows[number] for number in order]
+        merged = [rows[number] for number in order if number in rows]
         self.barrier()
         if self.rank == 0:
             with atomic_write(self.path) as file:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from llava.data.images import drop_missing
 from llava.distributed import World
-from llava.errors import UserError
+from llava.errors import BrokenImage, UserError, warn
 from llava.eval.answer import Answerer, Question
 from llava.eval.answer_files import AnswerFile
 from llava.eval.pope import Answer, Confusion, Label, read_labels, read_questions_of, score, set_of
@@ -76,33 +76,55 @@ def output_dir(model_path: str, given: str | None) -> Path:
 
 
 def answer_set(
-    answerer: Answerer, questions: QuestionSet, folder: Path, settings: dict[str, Any], batch_size: int, world: World
+    answerer: Answerer,
+    questions: QuestionSet,
+    folder: Path,
+    settings: dict[str, Any],
+    batch_size: int,
+    world: World,
+    skip_broken: bool = False,
 ) -> Confusion:
-    """Answer one set on all ranks and score it; ``settings`` is what the answers depend on besides the questions."""
+    """Answer one set on all ranks and score it; ``settings`` is what the answers depend on besides the questions.
+
+    ``skip_broken`` leaves out questions whose picture cannot be opened; without it such a picture ends the run.
+    """
     path = folder / f"pope_{questions.name}.jsonl"
     key = {**settings, "questions": sha256(questions.file), "ids": len(questions.questions)}
     answers_file = AnswerFile(path, key, world.rank, world.barrier)
     done = answers_file.resume()
     mine = [number for number in questions.questions if number not in done][world.rank :: world.size]
-    progress = tqdm(
+    with tqdm(
         total=len(mine),
         desc=f"POPE {questions.name}",
         unit="question",
         disable=world.rank != 0,
         mininterval=MIN_INTERVAL,
-    )
-    for start in range(0, len(mine), batch_size):
-        batch = mine[start : start + batch_size]
-        texts = answerer.answer([questions.questions[number] for number in batch])
-        answers_file.append(
-            {"question_id": number, "question": questions.questions[number].text, "answer": text}
-            for number, text in zip(batch, texts, strict=True)
-        )
-        progress.update(len(batch))
-    progress.close()
+    ) as progress:
+        for start in range(0, len(mine), batch_size):
+            batch = mine[start : start + batch_size]
+            answers_file.append(_rows(answerer, questions, batch, skip_broken))
+            progress.update(len(batch))
     rows = answers_file.merge(list(questions.questions))
     answers = {row["question_id"]: Answer(row["answer"], row["question"], str(path)) for row in rows}
-    return score(questions.labels, answers, questions.file, path)
+    labels = {number: label for number, label in questions.labels.items() if number in answers or not skip_broken}
+    return score(labels, answers, questions.file, path)
+
+
+def _rows(answerer: Answerer, questions: QuestionSet, batch: list[int], skip_broken: bool) -> list[dict[str, Any]]:
+    """Answers of one batch; with ``skip_broken``, without the questions whose picture cannot be opened."""
+    try:
+        texts = answerer.answer([questions.questions[number] for number in batch])
+    except BrokenImage as error:
+        if not skip_broken:
+            raise
+        if len(batch) == 1:
+            warn(f"{error}; the question is left out")
+            return []
+        return [row for number in batch for row in _rows(answerer, questions, [number], skip_broken)]
+    return [
+        {"question_id": number, "question": questions.questions[number].text, "answer": text}
+        for number, text in zip(batch, texts, strict=True)
+    ]
 
 
 def model_key(model_path: str, model_base: str | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessorPil, GenerationConfig, PretrainedConf
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import UserError, warn
-from llava.files import existing, read_json
+from llava.files import existing, read_object
 from llava.model.checkpoint import (
     ADAPTER_WEIGHTS,
     CONNECTOR,
@@ -99,7 +99,7 @@ def read_config(folder: Path, flag: str = "--model-path") -> dict[str, Any]:
     Raises:
         UserError: another kind of model, with what was found and what is expected.
     """
-    config = read_json(existing(folder / "config.json", flag))
+    config = read_object(existing(folder / "config.json", flag))
     kind = config.get("model_type")
     if config.get("text_config"):
         raise UserError(
@@ -172,6 +172,10 @@ def assemble(
         model, info = model_class.from_pretrained(
             None, config=settings, state_dict=state, dtype=dtype, output_loading_info=True, **kwargs
         )
+    except ImportError as error:  # a kernel or a quantizer that is not installed
+        wanted = kwargs.get("attn_implementation")
+        flag = f"--attn_implementation {wanted}: " if wanted else ""
+        raise UserError(f"{flag}{' '.join(str(error).split())}; pass sdpa, or install it") from None
     except RuntimeError as error:
         if "size mismatch" not in str(error) and "mismatched" not in str(error):
             raise
@@ -190,7 +194,7 @@ def assemble(
 def _generation_config(folder: Path, model: Any) -> GenerationConfig:
     """The folder's, made greedy: Vicuna's has a temperature without sampling, which cannot be saved again."""
     file = folder / "generation_config.json"
-    given = read_json(file) if file.is_file() else {}
+    given = read_object(file) if file.is_file() else {}
     keep = ("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "repetition_penalty")
     settings = {k: getattr(model.config, k, None) for k in keep[:3]}
     settings.update({k: given[k] for k in keep if given.get(k) is not None})
@@ -212,7 +216,7 @@ def blank_config(folder: Path, model_args: Any, cache_dir: str | None = None) ->
     """
     tower = local_folder(model_args.vision_tower, "--vision_tower", cache_dir=cache_dir)
     shape = tower_shape(tower)
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     layer = model_args.mm_vision_select_layer
     config.update(
         model_type=LANGUAGE_MODELS[config["model_type"]],

@@ -12,7 +12,8 @@ import json
 import os
 import sys
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -20,7 +21,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from llava.conversation import template
 from llava.errors import UserError, warn
-from llava.files import existing, read_json
+from llava.files import existing, read_object
 
 TRAIN_TYPES = ("projector", "use_lora", "none", "freeze_vision")
 
@@ -60,6 +61,9 @@ class ModelArguments:
                 "--model_name_or_path is missing: pass a LLaVA checkpoint, or a language model with --vision_tower"
             )
         template(self.version)
+        attention = self.attn_implementation
+        if attention not in (None, "sdpa", "eager", "flash_attention_2"):
+            raise UserError(f"--attn_implementation {attention}: expected sdpa, eager or flash_attention_2")
         for flag in ("mm_use_im_start_end", "mm_use_im_patch_token"):
             if getattr(self, flag):
                 raise UserError(f"--{flag} True is not supported: LLaVA-1.5 uses no extra image tokens; pass False")
@@ -181,6 +185,21 @@ class LlavaTrainingArguments(TrainingArguments):
         self._n_gpu = min(self._n_gpu, 1)
 
     def _refuse(self) -> None:
+        for name, least in AT_LEAST.items():
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} {getattr(self, name)}: expected {least} or more")
+        if self.lora_dropout >= 1:
+            raise UserError(f"--lora_dropout {self.lora_dropout}: expected less than 1")
+        if self.bf16 and self.fp16:
+            raise UserError("--bf16 True and --fp16 True: pass one of them")
+        if not self.output_dir:
+            raise UserError("--output_dir is missing: pass the folder to write to")
+        loggers = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        for name in loggers:
+            if name not in ("tensorboard", "wandb", "none"):
+                raise UserError(f"--report_to {name}: expected tensorboard, wandb or none")
+        if self.output_dir and Path(self.output_dir).is_file():
+            raise UserError(f"--output_dir {self.output_dir} is a file; expected a folder")
         if self.bits != 16:
             raise UserError(f"--bits {self.bits}: training quantized models is not supported; pass 16")
         if self.lora_weight_path:
@@ -199,8 +218,6 @@ class LlavaTrainingArguments(TrainingArguments):
                 f"--train_sampling_strategy {self.train_sampling_strategy} is not supported; "
                 "pass --group_by_modality_length True"
             )
-        if self.lora_r < 1:
-            raise UserError(f"--lora_r {self.lora_r}: expected 1 or more")
         if self.fsdp:
             raise UserError("--fsdp is not supported; use --deepspeed zero_configs/zero3.json")
 
@@ -281,6 +298,20 @@ class DPOTrainingArguments(LlavaTrainingArguments):
         super().__post_init__()
 
 
+# Numbers that must not be smaller.
+AT_LEAST = {
+    "model_max_length": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "lora_r": 1,
+    "lora_dropout": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "seed": 0,
+    "dataloader_num_workers": 0,
+}
+
 # Flags that upstream's commands carry and that have no work here.
 NOTHING_TO_DO = {
     "lazy_preprocess": "records are always processed when they are needed",
@@ -301,9 +332,7 @@ def deepspeed_config(config: str | dict[str, Any] | None, on_cpu: bool) -> dict[
     if not config:
         return None
     if isinstance(config, str):
-        source, config = config, read_json(existing(config, "--deepspeed"))
-        if not isinstance(config, dict):
-            raise UserError(f"--deepspeed {source}: expected a JSON object")
+        source, config = config, read_object(existing(config, "--deepspeed"))
     else:
         source = "--deepspeed"
     for block, flag in (("optimizer", "--optim and per-group rates"), ("scheduler", "--lr_scheduler_type")):
@@ -323,6 +352,12 @@ def deepspeed_config(config: str | dict[str, Any] | None, on_cpu: bool) -> dict[
 A = TypeVar("A")
 
 
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of two pages of usage."""
+        raise UserError(f"{message}; --help lists the flags")
+
+
 def parse(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple[Any, ...]:
     """Command line -> dataclasses.
 
@@ -330,7 +365,7 @@ def parse(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple[Any
         UserError: an unknown flag (with the nearest known one), or values that do not go together.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser(classes, allow_abbrev=False)
+    parser = _Parser(classes, allow_abbrev=False)
     *parsed, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if rest:
         known = [option for action in parser._actions for option in action.option_strings]

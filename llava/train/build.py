@@ -14,7 +14,7 @@ from llava.data.collate import Collator
 from llava.data.examples import ExampleBuilder
 from llava.data.images import ImageLoader
 from llava.errors import UserError
-from llava.files import existing, read_json
+from llava.files import existing, read_object
 from llava.model.builder import (
     FAMILIES,
     LANGUAGE_MODELS,
@@ -66,7 +66,7 @@ def plan_model(model_args: Any, data_args: Any, train_args: Any, parts: set[str]
     """
     name, cache = model_args.model_name_or_path, train_args.cache_dir
     folder = local_folder(name, "--model_name_or_path", cache_dir=cache)
-    kind = read_json(existing(folder / "config.json", "--model_name_or_path")).get("model_type")
+    kind = read_object(existing(folder / "config.json", "--model_name_or_path")).get("model_type")
     blank = kind in LANGUAGE_MODELS
     if blank:
         if not model_args.vision_tower:
@@ -167,7 +167,7 @@ def check_output_dir(output_dir: str, arguments: dict[str, Any]) -> None:
     card = Path(output_dir) / "run.json"
     if not card.is_file() or not any(Path(output_dir).glob("checkpoint-*")):
         return
-    before = read_json(card).get("arguments", {})
+    before = read_object(card).get("arguments", {})
     differing = [
         f"{key} {before[key]!r} -> {value!r}"
         for key, value in arguments.items()

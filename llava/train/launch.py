@@ -9,6 +9,7 @@ import sys
 import warnings
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 
 def prepare_processes(argv: list[str] | None = None) -> None:
@@ -60,6 +61,7 @@ def quiet() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found none
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    disable_progress_bar()  # "Loading weights": a line per file and rank in a queued job's log
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers fork after the tokenizer was used
