@@ -96,8 +96,9 @@ def test_two_processes_write_the_same_file(answered, pope_world, golden, tmp_pat
         assert done.stdout.count("| Model | Set |") == 1  # rank 0 speaks
 
 
-def test_batches_give_the_same_answers(answered, pope_world, golden, tmp_path, run_script):
-    code, _, err = run_script("pope_eval", *flags(pope_world, golden, tmp_path, "random"), "--batch_size", 12)
+@pytest.mark.parametrize("batch_size", [1, 11])
+def test_batches_give_the_answers_of_one_at_a_time(answered, pope_world, golden, tmp_path, run_script, batch_size):
+    code, _, err = run_script("pope_eval", *flags(pope_world, golden, tmp_path, "random"), "--batch_size", batch_size)
     assert code == 0, err
     assert (tmp_path / "pope_random.jsonl").read_bytes() == (answered / "pope_random.jsonl").read_bytes()
 
@@ -116,14 +117,15 @@ def test_a_killed_run_goes_on(answered, pope_world, golden, tmp_path, run_script
         return answer(self, questions)
 
     monkeypatch.setattr(Answerer, "answer", failing)
+    command = [*flags(pope_world, golden, tmp_path, "random"), "--batch_size", 1]
     with pytest.raises(KeyboardInterrupt):
-        run_script("pope_eval", *flags(pope_world, golden, tmp_path, "random"))
+        run_script("pope_eval", *command)
     part = tmp_path / "pope_random.part0.jsonl"
     assert len(part.read_text().splitlines()) == 100  # the key and 99 answers
     assert not (tmp_path / "pope_random.jsonl").exists()
     with part.open("a") as file:
         file.write('{"question_id": 100, "ques')  # and the last line was cut off
-    code, _, err = run_script("pope_eval", *flags(pope_world, golden, tmp_path, "random"))
+    code, _, err = run_script("pope_eval", *command)
     assert code == 0, err
     assert len(asked) == 100 + 261
     assert (tmp_path / "pope_random.jsonl").read_bytes() == (answered / "pope_random.jsonl").read_bytes()

@@ -92,19 +92,21 @@ def answer_set(
     key = {**settings, "questions": sha256(questions.file), "ids": len(questions.questions)}
     answers_file = AnswerFile(path, key, world.rank, world.barrier)
     done = answers_file.resume()
-    mine = [number for number in questions.questions if number not in done][world.rank :: world.size]
+    ids = list(questions.questions)
+    # Batches do not depend on the number of ranks, nor on what a killed run left behind: rounding stays the same.
+    batches = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
+    mine = [batch for batch in batches if not done.keys() >= set(batch)][world.rank :: world.size]
     with tqdm(
-        total=len(mine),
+        total=sum(map(len, mine)),
         desc=f"POPE {questions.name}",
         unit="question",
         disable=world.rank != 0,
         mininterval=MIN_INTERVAL,
     ) as progress:
-        for start in range(0, len(mine), batch_size):
-            batch = mine[start : start + batch_size]
+        for batch in mine:
             answers_file.append(_rows(answerer, questions, batch, skip_broken))
             progress.update(len(batch))
-    rows = answers_file.merge(list(questions.questions))
+    rows = answers_file.merge(ids)
     answers = {row["question_id"]: Answer(row["answer"], row["question"], str(path)) for row in rows}
     labels = {number: label for number, label in questions.labels.items() if number in answers or not skip_broken}
     return score(labels, answers, questions.file, path)
