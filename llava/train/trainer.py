@@ -133,6 +133,9 @@ class LlavaTrainer(Trainer):
         output_dir = Path(self.args.output_dir)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._staging = output_dir / ".unfinished"
+        if self.args.should_save:
+            shutil.rmtree(self._staging, ignore_errors=True)  # a killed run may have left one
+        self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
         finally:
