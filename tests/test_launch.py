@@ -129,3 +129,30 @@ def test_deepspeed_needs_no_launcher(golden, tmp_path):
     flags = SMALL.format(golden=golden, out=tmp_path / "out", batch=4).split()
     launch(sys.executable, "train_dpo.py", *flags, "--deepspeed", "zero_configs/zero2_offload.json")
     assert "DeepSpeedEngine" in json.loads((tmp_path / "out" / "run.json").read_text())["engine"]["model"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "extra"),
+    [
+        (["torchrun", "--nproc_per_node", 2, "--master_port", 29877], ["--gradient_checkpointing", "True"]),
+        (["deepspeed", "--num_gpus", 2, "--master_port", 29878], ["--deepspeed", "zero_configs/zero3.json"]),
+    ],
+)
+def test_text_only_rows_on_one_rank_and_pictures_on_the_other(golden, tmp_path, launcher, extra):
+    """Every rank must run tower and connector in every step, or the others wait for it for ever."""
+    picture = {"image": "a_wide_97x41.png", "conversations": turns("<image>\nWhat is it?", "A car.")}
+    words = {"conversations": turns("Hello!", "Hi, how can I help?")}
+    data = tmp_path / "mixed.json"
+    data.write_text(json.dumps([picture, words, words, words, words, picture]))
+    launch(
+        *(BIN / launcher[0], *launcher[1:], "train_pretrain.py", "--data_path", data),
+        *("--model_name_or_path", golden / "tiny-llava-original", "--image_folder", golden / "images"),
+        *("--version", "v1", "--model_max_length", 512, "--output_dir", tmp_path / "out", "--max_steps", 3),
+        *("--per_device_train_batch_size", 1, "--logging_steps", 1, "--save_strategy", "no", "--report_to", "none"),
+        *("--train_sampling_strategy", "sequential", "--learning_rate", 1e-3, *extra),
+    )
+    assert all(log["loss"] > 0 for log in logs_of(tmp_path / "out"))
+
+
+def turns(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
