@@ -7,6 +7,7 @@ explicit dtype, one ``from_pretrained``, which also serves ZeRO-3, device maps a
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from llava.model.checkpoint import (
     State,
     assign,
     first_of,
+    has_tower,
     has_weights,
     read_connector,
     read_model_weights,
@@ -61,21 +63,23 @@ CLIP_SHAPE = (
     "layer_norm_eps",
 )
 
+PREPROCESSOR = "preprocessor_config.json"
+
 # LoRA belongs to the language model. Bare target names would also match the tower's q/k/v_proj.
 LORA_EXCLUDED = r".*(vision_tower|mm_projector).*"
 
 
-def local_folder(name_or_path: str, flag: str, near: Path | None = None, cache_dir: str | None = None) -> Path:
+def local_folder(name_or_path: str, flag: str, near: Sequence[Path] = (), cache_dir: str | None = None) -> Path:
     """The folder a path or hub id stands for.
 
-    A relative path is looked for in the working directory, then (``near``) inside and beside another checkpoint's
-    folder; what is not a local folder is fetched from the hub.
+    A relative path is looked for in the working directory, then inside and beside the folders ``near``; what is not a
+    local folder is fetched from the hub.
     """
     places = [Path(name_or_path).expanduser()]
-    if near is not None:
-        places += [near / name_or_path, near.parent / name_or_path]
+    for folder in near:
+        places += [folder / name_or_path, folder.parent / name_or_path]
     for place in places:
-        if place.is_dir():
+        if name_or_path and place.is_dir():
             return place
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
         raise UserError(f"{flag} {name_or_path}: no such folder")
@@ -123,17 +127,20 @@ def read_config(folder: Path, flag: str = "--model-path") -> dict[str, Any]:
 
 
 def with_tower(
-    config: dict[str, Any], folder: Path, cache_dir: str | None = None
+    config: dict[str, Any], *folders: Path, cache_dir: str | None = None
 ) -> tuple[dict[str, Any], Path | None]:
-    """``config`` with the tower's shape filled in (``mm_vision_config``), and the tower's folder where there is one."""
-    name = config.get("mm_vision_tower")
-    if config.get("mm_vision_config"):
-        try:
-            return config, local_folder(name, "mm_vision_tower", folder, cache_dir) if name else None
-        except UserError:
-            return config, None  # the weights may be inside; `assemble` says so if they are not
-    tower = local_folder(name, f"{folder / 'config.json'}: mm_vision_tower", folder, cache_dir)
-    return {**config, "mm_vision_config": tower_shape(tower)}, tower
+    """``config`` with the tower's shape filled in (``mm_vision_config``), and the tower's folder, or None where it is
+    not needed: shape, weights and image processor are all in ``folders`` (the checkpoint's own, and its base's).
+
+    Raises:
+        UserError: the tower is needed and ``mm_vision_tower`` leads nowhere.
+    """
+    inside = has_tower(folders[-1]) and any((folder / PREPROCESSOR).is_file() for folder in folders)
+    if config.get("mm_vision_config") and inside:
+        return config, None  # nobody asks the hub for what is here: nodes of a cluster are often offline
+    flag = f"{folders[0] / 'config.json'}: mm_vision_tower"
+    tower = local_folder(config.get("mm_vision_tower") or "", flag, folders, cache_dir)
+    return {"mm_vision_config": tower_shape(tower), **config}, tower
 
 
 def tower_shape(tower: Path) -> dict[str, Any]:
@@ -201,12 +208,12 @@ def _generation_config(folder: Path, model: Any) -> GenerationConfig:
     return GenerationConfig(**{k: v for k, v in settings.items() if v is not None})
 
 
-def load_image_processor(folder: Path, tower: Path | None) -> CLIPImageProcessorPil:
-    """The checkpoint's own image processor, else its tower's; Pillow, as upstream, not torchvision."""
-    for place in (folder, tower):
-        if place is not None and (place / "preprocessor_config.json").is_file():
-            return CLIPImageProcessorPil.from_pretrained(place)
-    raise UserError(f"{folder}: no preprocessor_config.json there nor in its vision tower's folder {tower}")
+def load_image_processor(*folders: Path | None) -> CLIPImageProcessorPil:
+    """The first image processor in a checkpoint's, its base's, its tower's folder; Pillow, as upstream."""
+    for folder in folders:
+        if folder is not None and (folder / PREPROCESSOR).is_file():
+            return CLIPImageProcessorPil.from_pretrained(folder)
+    raise UserError(f"no {PREPROCESSOR} in {', '.join(dict.fromkeys(str(f) for f in folders if f))}")
 
 
 def blank_config(folder: Path, model_args: Any, cache_dir: str | None = None) -> tuple[dict[str, Any], Path]:
@@ -296,7 +303,7 @@ def load_pretrained_model(
     if not (is_lora or is_connector):
         if model_base is not None:
             warn(f"--model-base {model_base} is not used: {model_path} is a whole model")
-        config, tower = with_tower(read_config(folder), folder, cache_dir)
+        config, tower = with_tower(read_config(folder), folder, cache_dir=cache_dir)
         model = assemble(config, read_model_weights(folder), folder, dtype, tower, **options)
         base = folder
     else:
@@ -304,9 +311,7 @@ def load_pretrained_model(
             what = "a LoRA adapter" if is_lora else "only a connector"
             raise UserError(f"--model-path {model_path} holds {what}; pass the model it was trained on as --model-base")
         base = local_folder(model_base, "--model-base", cache_dir=cache_dir)
-        config, tower = with_tower(read_config(folder), folder, cache_dir)
-        if tower is None:
-            config, tower = with_tower(config, base, cache_dir)
+        config, tower = with_tower(read_config(folder), folder, base, cache_dir=cache_dir)
         state = read_model_weights(base)
         if is_connector or not any(key.startswith(PROJECTOR) for key in state):
             connector = first_of(folder, CONNECTOR if is_connector else NON_LORA)
@@ -323,7 +328,7 @@ def load_pretrained_model(
     tokenizer = load_tokenizer(folder if own_tokenizer else base)
     _add_image_marks(model, tokenizer)
     context_len = getattr(model.config, "max_sequence_length", 2048)
-    return tokenizer, model.eval(), load_image_processor(folder, tower), context_len
+    return tokenizer, model.eval(), load_image_processor(folder, base, tower), context_len
 
 
 def _add_image_marks(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llava.errors import UserError
-from llava.files import atomic_write, publish, read_json, write_json
+from llava.files import atomic_write, publish, read_object, write_json
 
 State = dict[str, torch.Tensor]
 
@@ -76,6 +76,23 @@ def has_weights(folder: Path) -> bool:
     return first_of(folder, [n for name in WEIGHTS for n in (name, f"{name}.index.json")]) is not None
 
 
+def has_tower(folder: Path) -> bool:
+    """Whether the model in ``folder`` brings its vision tower; only names are read."""
+    for name in WEIGHTS:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            if name.endswith(".safetensors"):
+                try:
+                    with safe_open(folder / name, framework="pt") as file:
+                        return any(key.startswith(TOWER) for key in file.keys())  # noqa: SIM118
+                except SafetensorError:
+                    return False  # reading it says what is wrong
+            return any(key.startswith(TOWER) for key in read_tensors(folder / name))
+        if index.is_file():
+            return any(key.startswith(TOWER) for key in read_object(index).get("weight_map", {}))
+    return False
+
+
 def read_model_weights(folder: Path) -> State:
     """All weights of a model folder, single file or shards, safetensors before ``.bin``, names as in the program."""
     for name in WEIGHTS:
@@ -84,7 +101,7 @@ def read_model_weights(folder: Path) -> State:
         index = folder / f"{name}.index.json"
         if index.is_file():
             state: State = {}
-            weight_map = read_json(index).get("weight_map", {})
+            weight_map = read_object(index).get("weight_map", {})
             for shard in sorted(set(weight_map.values())):
                 state.update(read_tensors(folder / shard))
             absent = [key for key in weight_map if key not in state]

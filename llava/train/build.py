@@ -121,7 +121,7 @@ def _existing_config(folder: Path, model_args: Any, cache: str | None) -> tuple[
             )
         config.update(mm_vision_tower=model_args.vision_tower, mm_vision_config=shape)
     else:
-        config, tower = with_tower(config, folder, cache)
+        config, tower = with_tower(config, folder, cache_dir=cache)
     own_type = config.get("mm_projector_type") or "linear"
     if model_args.mm_projector_type not in (None, own_type):
         raise UserError(
