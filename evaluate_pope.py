@@ -12,13 +12,14 @@ import os
 import sys
 from pathlib import Path
 
+from llava.command_line import OneLineParser
 from llava.errors import UserError, command_line
 from llava.eval.pope import answers_of, pair_files, read_answers, read_labels, score, table_header, table_row
 from llava.files import existing, write_json
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Score POPE answers.", allow_abbrev=False)
+    parser = OneLineParser(description="Score POPE answers.", allow_abbrev=False)
     add = parser.add_argument
     files = {"nargs": "+", "action": "extend", "required": True, "metavar": "FILE"}
     add(
@@ -30,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     add("--json", metavar="FILE", help="also write the metrics as JSON; '-': to stdout, and the table to stderr")
     add("--model", help="the table's Model column (default: the folder of the answers, or the one above 'pope')")
     add("--hadpo", default="-", metavar="MARK", help="the table's HA-DPO column, any text (default: -)")
-    return parser.parse_args()
+    return parser.parse()
 
 
 def model_name(answers_file: Path) -> str:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 
+from llava.command_line import OneLineParser
 from llava.errors import UserError, command_line
 
 SETS = {"random": "random", "popular": "popular", "adv": "adversarial", "adversarial": "adversarial"}
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Ask a LLaVA the POPE questions.", allow_abbrev=False)
+    parser = OneLineParser(description="Ask a LLaVA the POPE questions.", allow_abbrev=False)
     add = parser.add_argument
     add("--model-path", required=True, help="a whole model, a LoRA or a connector")
     add("--model-base", help="the model that a LoRA or connector was trained on")
@@ -35,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     add("--batch_size", type=int, help="questions at a time; default: 1 in half precision (as upstream), 6 in float32")
     add("--skip_missing_images", action="store_true", help="leave out questions whose picture is missing")
     add("--cache_dir", help="the hub's cache")
-    return parser.parse_args()
+    return parser.parse()
 
 
 @command_line
@@ -64,6 +65,8 @@ def main() -> None:
     quiet()
     world = join_world()
     on_cuda = torch.cuda.is_available()
+    if on_cuda:
+        torch.cuda.set_device(world.local_rank)  # libraries that ask for "cuda" mean this rank's card
     tokenizer, model, image_processor, _ = load_pretrained_model(
         args.model_path,
         args.model_base,

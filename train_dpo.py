@@ -21,7 +21,7 @@ def main() -> None:
     from llava.data.preferences import PreferencePairs, read_preferences
     from llava.run_card import RunCard
     from llava.train.arguments import DPOTrainingArguments, ModelArguments, PreferenceArguments, as_dict, parse
-    from llava.train.build import check_output_dir, collator, example_builder, plan_model
+    from llava.train.build import check_resumed, collator, example_builder, plan_model
     from llava.train.reference import choose_reference
     from llava.train.trainable import add_lora, choose_parts, switch_on, table
     from llava.train.trainer import DPOTrainer, checkpoint_to_resume
@@ -29,7 +29,8 @@ def main() -> None:
     model_args, data_args, train_args = parse((ModelArguments, PreferenceArguments, DPOTrainingArguments))
     parts = choose_parts(model_args, train_args)
     arguments = as_dict(model_args, data_args, train_args)
-    check_output_dir(train_args.output_dir, arguments)
+    checkpoint = checkpoint_to_resume(train_args)
+    check_resumed(checkpoint, arguments)
     first = train_args.process_index == 0
 
     # Everything a user can have got wrong is found here, before gigabytes are read.
@@ -50,7 +51,7 @@ def main() -> None:
     reference = choose_reference(policy, parts, load_again=plan.load)
     switch_on(policy, parts)
     if first:
-        card.write()
+        card.write(resumed=checkpoint is not None)
         print(table(policy, train_args.learning_rate, train_args.mm_projector_lr), flush=True)
 
     trainer = DPOTrainer(
@@ -65,7 +66,7 @@ def main() -> None:
         reference=reference,
         beta=train_args.beta,
     )
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(train_args))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.finish(card)
 
 

@@ -23,14 +23,15 @@ def main() -> None:
     from llava.data.captions import Captions
     from llava.run_card import RunCard
     from llava.train.arguments import CaptionArguments, ModelArguments, PretrainTrainingArguments, as_dict, parse
-    from llava.train.build import check_output_dir, collator, example_builder, plan_model
+    from llava.train.build import check_resumed, collator, example_builder, plan_model
     from llava.train.trainable import add_lora, choose_parts, switch_on, table
     from llava.train.trainer import LlavaTrainer, checkpoint_to_resume
 
     model_args, data_args, train_args = parse((ModelArguments, CaptionArguments, PretrainTrainingArguments))
     parts = choose_parts(model_args, train_args)
     arguments = as_dict(model_args, data_args, train_args)
-    check_output_dir(train_args.output_dir, arguments)
+    checkpoint = checkpoint_to_resume(train_args)
+    check_resumed(checkpoint, arguments)
     first = train_args.process_index == 0
 
     # Everything a user can have got wrong is found here, before gigabytes are read.
@@ -49,13 +50,13 @@ def main() -> None:
         model = add_lora(model, train_args)
     switch_on(model, parts)
     if first:
-        card.write()
+        card.write(resumed=checkpoint is not None)
         print(table(model, train_args.learning_rate, train_args.mm_projector_lr), flush=True)
 
     trainer = LlavaTrainer(
         model, train_args, parts, captions, held_out, collator(plan), plan.tokenizer, plan.image_processor
     )
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(train_args))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.finish(card)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from typing import NamedTuple
 
@@ -27,7 +28,8 @@ def join_world() -> World:
     if world.size > 1:
         import torch.distributed as dist
 
-        dist.init_process_group("gloo")
+        # A slow card must not be taken for a dead one: a set takes hours on a busy machine.
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     return world
 
 

@@ -38,10 +38,16 @@ class BrokenImage(UserError):
     mend = "; fetch it again, or pass --skip_missing_images"
 
 
-def warn(message: str) -> None:
-    """One warning line on stderr, from rank 0 only."""
-    if os.environ.get("RANK", "0") == "0":
+def warn(message: str, *, everywhere: bool = True) -> None:
+    """One warning line on stderr; from rank 0 only where every rank has the same one to give."""
+    if not everywhere or os.environ.get("RANK", "0") == "0":
         print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def note(message: str) -> None:
+    """One line on stderr about something harmless, from rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {message}", file=sys.stderr, flush=True)
 
 
 def command_line(main: Callable[[], T]) -> Callable[[], T]:
@@ -53,7 +59,8 @@ def command_line(main: Callable[[], T]) -> Callable[[], T]:
             return main()
         except UserError as error:
             rank = os.environ.get("RANK", "0")
-            if rank == "0" or not error.everywhere:
+            # One line a node where all ranks meet the same error: another node may lack what this one has.
+            if os.environ.get("LOCAL_RANK", "0") == "0" or not error.everywhere:
                 where = f"[rank {rank}] " if rank != "0" else ""
                 print(f"{where}error: {error}{error.mend}", file=sys.stderr, flush=True)
             sys.stdout.flush()

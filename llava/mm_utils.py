@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from transformers import StoppingCriteria
 
 from llava.constants import IMAGE_TOKEN_INDEX
 
@@ -59,6 +62,25 @@ def process_images(images: list[Image.Image], image_processor: Any, model_cfg: A
     """Pictures -> (N, 3, H, W) as the model's config (``image_aspect_ratio``) wants them."""
     aspect = getattr(model_cfg, "image_aspect_ratio", None)
     return torch.stack([preprocess_image(image.convert("RGB"), image_processor, aspect) for image in images])
+
+
+def load_image_from_base64(image: str) -> Image.Image:
+    """A picture from its base64 text."""
+    return Image.open(io.BytesIO(base64.b64decode(image)))
+
+
+class KeywordsStoppingCriteria(StoppingCriteria):
+    """Stops ``generate`` when every row has written one of ``keywords``; for scripts written for upstream."""
+
+    def __init__(self, keywords: list[str], tokenizer: PreTrainedTokenizerBase, input_ids: torch.Tensor) -> None:
+        self.keywords = keywords
+        self.tokenizer = tokenizer
+
+    def __call__(self, output_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        # `generate` is given embeddings here, so that output_ids are the new ids alone.
+        texts = self.tokenizer.batch_decode(output_ids)
+        found = [any(keyword in text for keyword in self.keywords) for text in texts]
+        return torch.tensor(found, device=output_ids.device)
 
 
 def get_model_name_from_path(model_path: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llava.files import sha256, write_json
+from llava.files import read_object, sha256, write_json
 
 FILE = "run.json"
 PACKAGES = (
@@ -57,8 +57,11 @@ class RunCard:
             "status": "running",
         }
 
-    def write(self) -> None:
-        """Write the card as it stands."""
+    def write(self, resumed: bool = False) -> None:
+        """Write the card as it stands; a run that goes on keeps the cards of its earlier parts under ``earlier``."""
+        if resumed and self.path.is_file():
+            before = read_object(self.path)
+            self.content["earlier"] = [*before.pop("earlier", []), before]
         write_json(self.path, self.content)
 
     def finish(self, metrics: dict[str, Any]) -> None:

@@ -213,9 +213,10 @@ def test_captions_with_a_broken_turn_are_refused_before_the_weights_are_read(pre
 
 
 def test_captions_whose_marks_and_pictures_differ(pretrain, refused):
-    unmarked = {"image": "a.png", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}
+    turns = [{"from": "human", "value": "<image>\nhi"}, {"from": "gpt", "value": "ho"}]
+    unmarked = {"image": ["a.png", "a.png"], "conversations": turns}
     refused(
-        pretrain([unmarked], version="v1"), "captions.json: record 0", "0 <image>", "1 image(s)", "write one <image>"
+        pretrain([unmarked], version="v1"), "captions.json: record 0", "1 <image>", "2 image(s)", "write one <image>"
     )
 
 

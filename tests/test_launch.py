@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,44 @@ def test_two_processes_compute_what_one_does(golden, tmp_path, alone, name, laun
     assert ("DeepSpeedEngine" in engine) is (name != "torchrun")
 
 
+def test_best_checkpoint_held_out_pairs_and_resuming_on_two_processes(golden, tmp_path, alone):
+    """Three held-out pairs on two ranks: the fourth place of the last batch must not be counted."""
+    rows = [
+        {"image": "a_wide_97x41.png", "prompt": "Is there a dog?", "chosen": "No.", "rejected": "Yes, a dog."},
+        {"image": "b_tall_33x120.png", "prompt": "Is there a cat?", "chosen": "Yes.", "rejected": "No cat here."},
+        {"image": "c_square_64x64.png", "prompt": "What is it?", "chosen": "A car.", "rejected": "A red car."},
+    ]
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(
+        "".join(json.dumps({**row, "image": str(golden / "images" / row["image"])}) + "\n" for row in rows)
+    )
+    evaluation = ["--eval_data_path", held_out, "--eval_strategy", "steps", "--eval_steps", 2, "--num_train_epochs", 2]
+    saving = ["--save_strategy", "steps", "--save_steps", 2, "--load_best_model_at_end", True]
+    saving += ["--metric_for_best_model", "eval_rewards/margins", "--group_by_modality_length", True]
+
+    def evals(out, command, batch):
+        flags = SMALL.format(golden=golden, out=out, batch=batch).split()
+        launch(*command, "train_dpo.py", *flags, *evaluation, *saving, "--save_total_limit", 9)
+        return [x for x in json.loads((out / "trainer_state.json").read_text())["log_history"] if "eval_loss" in x]
+
+    torchrun = [BIN / "torchrun", "--nproc_per_node", 2, "--master_port", 29879]
+    keys = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen", "eval_logits/chosen")
+    one = evals(tmp_path / "one", [sys.executable], 4)
+    two = evals(tmp_path / "two", torchrun, 2)
+    for mine, theirs in zip(two, one, strict=True):
+        assert [mine[key] for key in keys] == pytest.approx([theirs[key] for key in keys], rel=1e-3, abs=1e-4)
+
+    # In the second epoch the order is another: a resumed run must have that order too.
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    shutil.copy(tmp_path / "two" / "run.json", killed)
+    shutil.copytree(tmp_path / "two" / "checkpoint-4", killed / "checkpoint-4")
+    evals(killed, torchrun, 2)
+    whole, resumed = logs_of(tmp_path / "two"), logs_of(killed)
+    assert [x["loss"] for x in resumed] == pytest.approx([x["loss"] for x in whole], abs=1e-6)
+    assert len(json.loads((killed / "run.json").read_text())["earlier"]) == 1
+
+
 def test_a_whole_model_trains_under_zero3_with_a_partitioned_reference(golden, tmp_path):
     flags = SMALL.format(golden=golden, out=tmp_path / "z3", batch=2).replace("--lora_enable True", "").split()
     launch(
@@ -116,6 +155,8 @@ def test_a_whole_model_trains_under_zero3_with_a_partitioned_reference(golden, t
     )
     flags = SMALL.format(golden=golden, out=tmp_path / "one", batch=4).replace("--lora_enable True", "").split()
     launch(sys.executable, "train_dpo.py", *flags)
+    engine = json.loads((tmp_path / "z3" / "run.json").read_text())["engine"]
+    assert engine["optimizer"].endswith("DeepSpeedZeroOptimizer_Stage3")
     for mine, theirs in zip(logs_of(tmp_path / "z3"), logs_of(tmp_path / "one"), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
     from llava.model.checkpoint import read_model_weights

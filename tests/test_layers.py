@@ -8,7 +8,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 # A room may import from itself and from the rooms listed. The data and the model rooms meet only in the batch.
-BASE = {"constants", "errors", "files", "conversation", "tokenization", "mm_utils", "run_card", "distributed"}
+BASE = {
+    "constants",
+    "errors",
+    "files",
+    "conversation",
+    "tokenization",
+    "mm_utils",
+    "run_card",
+    "distributed",
+    "command_line",
+    "utils",
+}
 MAY_IMPORT = {
     "data": BASE,
     "model": BASE,
@@ -28,6 +39,8 @@ def imported_rooms(file: Path) -> set[str]:
 
 def test_imports_go_one_way():
     for file in (ROOT / "llava").rglob("*.py"):
+        if file == ROOT / "llava" / "__init__.py":
+            continue  # upstream's ``from llava import LlavaLlamaForCausalLM``, made when it is asked for
         room = file.relative_to(ROOT / "llava").parts[0].removesuffix(".py")
         allowed = MAY_IMPORT.get(room, BASE) | {room}
         assert imported_rooms(file) <= allowed, file

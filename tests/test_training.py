@@ -300,7 +300,11 @@ def test_a_folder_of_another_run_is_not_gone_on_with(run_script, dpo_flags, tmp_
     succeed(run_script("train_dpo", *flags, "--output_dir", tmp_path / "out"))
     code, _, err = run_script("train_dpo", *flags, "--output_dir", tmp_path / "out", "--learning_rate", 1e-4)
     assert code == 2
-    assert "learning_rate 0.001 -> 0.0001" in err and "choose another folder" in err
+    assert "learning_rate 0.001 -> 0.0001" in err and "choose another --output_dir" in err
+    again = [*flags, "--output_dir", tmp_path / "new", "--beta", 0.9]
+    code, _, err = run_script("train_dpo", *again, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-3")
+    assert code == 2
+    assert "beta 0.1 -> 0.9" in err
 
 
 def test_a_blank_llava_is_the_same_for_the_same_seed(run_script, pretrain_flags, tmp_path):
@@ -318,7 +322,8 @@ def test_batches_of_one_kind_and_like_length():
     from llava.train.sampler import ModalityLengthSampler
 
     lengths = [3, -2, 8, 1, -9, 5, 7, -4, 2, 6, -1, 4]
-    sampler = ModalityLengthSampler(lengths, megabatch=4, seed=0)
+    epoch = 0
+    sampler = ModalityLengthSampler(lengths, megabatch=4, seed=0, epoch=lambda: epoch)
     order = list(sampler)
     assert sorted(order) == list(range(12))
     groups = [[lengths[i] for i in order[k : k + 4]] for k in (0, 4, 8)]
@@ -326,11 +331,48 @@ def test_batches_of_one_kind_and_like_length():
     assert sum(all(x < 0 for x in g) for g in groups) == 1
     assert all([abs(x) for x in g] == sorted((abs(x) for x in g), reverse=True) for g in groups)
     assert list(sampler) == order
-    sampler.set_epoch(1)
+    epoch = 1
     assert list(sampler) != order
 
 
-def test_grouping_by_length_is_obeyed_in_dpo(run_script, dpo_flags, tmp_path):
+def test_grouping_by_length_is_obeyed_in_dpo(run_script, dpo_flags, tmp_path, golden, monkeypatch):
+    """The sampler is given the pairs' lengths, and its order is the order of the batches."""
+    from llava.train import trainer
+
+    asked = []
+
+    class InOrder(trainer.ModalityLengthSampler):
+        def __iter__(self):
+            asked.append((self.lengths, self.megabatch))
+            return iter(range(len(self.lengths)))
+
+    monkeypatch.setattr(trainer, "ModalityLengthSampler", InOrder)
     flags = [*dpo_flags, "--lora_enable", True, "--group_by_modality_length", True, "--output_dir", tmp_path / "out"]
-    succeed(run_script("train_dpo", *flags, "--per_device_train_batch_size", 12))
-    assert len(losses_of(tmp_path / "out")) == 1
+    succeed(run_script("train_dpo", *flags, "--learning_rate", 0.0))
+    items = json.loads((golden / "dpo" / "dataset_items.json").read_text())["items"]
+    lengths = [max(len(item["chosen_input_ids"]), len(item["reject_input_ids"])) for item in items]
+    assert asked == [(lengths, 4)]
+    recorded = json.loads((golden / "dpo" / "dpo_golden.json").read_text())
+    want = recorded["batch_unique8"]["NOT_UPSTREAM_reference_with_own_projector"]["chosen"]
+    first, second, third = (log["logps/chosen"] for log in logs_of(tmp_path / "out") if "loss" in log)
+    assert first == pytest.approx(sum(want[:4]) / 4, abs=1e-3)
+    assert second == third == pytest.approx(sum(want[4:]) / 4, abs=1e-3)
+
+
+def test_a_folder_used_again_holds_only_the_last_run(run_script, dpo_flags, tmp_path, golden):
+    folder = tmp_path / "out"
+    succeed(run_script("train_dpo", *dpo_flags, "--lora_enable", True, "--output_dir", folder))
+    succeed(run_script("train_dpo", *dpo_flags, "--freeze_backbone", True, "--output_dir", folder))
+    assert not (folder / "adapter_model.safetensors").exists()
+    assert changed_parts(golden, folder) == {"projector", "lm_head"}
+
+
+def test_an_evaluation_that_fails_does_not_cost_the_run(run_script, dpo_flags, tmp_path, golden):
+    (tmp_path / "cut.png").write_bytes((golden / "images" / "h_big_511x340.png").read_bytes()[:999])
+    pairs = tmp_path / "held_out.jsonl"
+    row = {"image": str(tmp_path / "cut.png"), "prompt": "What?", "chosen": "A.", "rejected": "B."}
+    pairs.write_text(json.dumps(row) + "\n")
+    flags = [*dpo_flags, "--lora_enable", True, "--eval_data_path", pairs, "--eval_strategy", "no"]
+    code, _, err = run_script("train_dpo", *flags, "--output_dir", tmp_path / "out")
+    assert code == 2 and "cut.png is broken or truncated" in err
+    assert changed_parts(golden, tmp_path / "out") == {"projector", "backbone"}

@@ -43,7 +43,7 @@ class ExampleBuilder:
         return conversation
 
     def tokenize(
-        self, where: str, turns: list[dict[str, Any]], n_images: int, cut: Callable[[str], None] = warn
+        self, where: str, turns: list[dict[str, Any]], n_images: int, cut: Callable[[str], None] | None = None
     ) -> tuple[list[int], list[int]]:
         """Ids and labels of a record's turns; ``cut(message)`` is called when none of its labels survives truncation.
 
@@ -56,12 +56,13 @@ class ExampleBuilder:
         if max(ids) >= self.vocab_size:
             raise UserError(
                 f"{where}: token id {max(ids)} ({self.tokenizer.convert_ids_to_tokens(max(ids))!r}) is outside the "
-                f"model's vocabulary of {self.vocab_size}; the tokenizer belongs to another model"
+                f"model's vocabulary of {self.vocab_size}; the tokenizer belongs to another model",
+                everywhere=False,
             )
         if not self.surviving_labels(ids, labels):
             need = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX) + 1
             need += n_images * (self.tokens_per_image - 1)
-            cut(
+            (cut or _warn_here)(
                 f"{where}: the cut to {self.max_length} tokens leaves nothing to learn (the answer begins at token "
                 f"{need}); raise --model_max_length"
             )
@@ -82,6 +83,11 @@ class ExampleBuilder:
         """Ids and labels with their pictures loaded."""
         images = {path: self.load_image(path, where) for path in dict.fromkeys(paths)}
         return Example(ids, labels, tuple(paths), images)
+
+
+def _warn_here(message: str) -> None:
+    # A record belongs to one rank: the others have nothing to say about it.
+    warn(message, everywhere=False)
 
 
 class SkippingDataset(Dataset[E]):
@@ -113,5 +119,5 @@ class SkippingDataset(Dataset[E]):
                 named = self.__dict__.setdefault("_named", set())
                 if number not in named:
                     named.add(number)
-                    warn(f"{error}; the next record takes its place")
+                    _warn_here(f"{error}; the next record takes its place")
         raise UserError("no picture of the data set can be opened", everywhere=False)

@@ -87,7 +87,13 @@ def read_desc_pairs(path: str, genome: VisualGenome, seed: int = SAMPLING_SEED) 
     file = existing(path, "--desc_data_path")
     content = read_json(file)
     if isinstance(content, list):  # the layout of HA-DPO's MiniGPT-4 and InstructBLIP files
-        content = {str(field(f"{file}: record {i}", e, "image_id", (int, str))): e for i, e in enumerate(content)}
+        listed: dict[str, Any] = {}
+        for index, entry in enumerate(content):
+            image_id = str(field(f"{file}: record {index}", entry, "image_id", (int, str)))
+            if image_id in listed:
+                raise UserError(f"{file}: record {index}: image {image_id} was described before; join their lists")
+            listed[image_id] = entry
+        content = listed
     if not isinstance(content, dict) or not content:
         raise UserError(f"{file}: expected an object of image ids with 'chosen' and 'rejected' lists, and at least one")
     draw = random.Random(seed)

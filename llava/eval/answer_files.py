@@ -1,7 +1,7 @@
 """Answers on disk while they are made: every rank grows a file of its own by whole lines, and a killed run goes on.
 
-pope_random.part0.jsonl   first line {"key": ...}: what the answers depend on; then an answer a line
-pope_random.jsonl         all of them in the order of the questions, written at once when the last one is there
+pope_random.KEY.part0.jsonl   first line {"key": ...}, a hash of what the answers depend on; then an answer a line
+pope_random.jsonl             all of them in the order of the questions, written at once when the last one is there
 """
 
 from __future__ import annotations
@@ -24,19 +24,14 @@ class AnswerFile:
         self.rank = rank
         self.barrier = barrier
         self.key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        self.part = path.with_name(f"{path.stem}.part{rank}.jsonl")
+        self.part = path.with_name(f"{path.stem}.{self.key[:12]}.part{rank}.jsonl")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{path.parent}: cannot be written ({error.strerror}); pass --output_dir") from None
 
     def resume(self) -> dict[int, dict[str, Any]]:
-        """Answers that earlier runs with the same key left behind, by question id; parts of other runs are removed."""
-        if self.rank == 0:
-            for part in self._parts():
-                if next(iter(_whole_lines(part)), {}).get("key") != self.key:
-                    part.unlink()
-        self.barrier()
+        """Answers that earlier runs with the same key left behind, by question id; other runs' parts are left alone."""
         rows = {part: list(_whole_lines(part))[1:] for part in self._parts()}
         self.barrier()
         try:
@@ -48,7 +43,7 @@ class AnswerFile:
         return {row["question_id"]: row for part in rows.values() for row in part}
 
     def _parts(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{self.path.stem}.part*.jsonl"))
+        return sorted(self.path.parent.glob(f"{self.path.stem}.{self.key[:12]}.part*.jsonl"))
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add answers; they are on their way to the disk when this returns."""
@@ -77,9 +72,8 @@ def _line(row: dict[str, Any]) -> str:
 
 def _whole_lines(path: Path) -> Iterable[dict[str, Any]]:
     """Rows of a part file up to the first line that was cut off."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        if not line.endswith("\n"):
-            return
+    # Split at "\n" alone: an answer may hold U+2028, at which str.splitlines would cut it in two.
+    for line in path.read_bytes().decode(errors="replace").split("\n")[:-1]:
         try:
             yield json.loads(line)
         except json.JSONDecodeError:

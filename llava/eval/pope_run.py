@@ -120,7 +120,7 @@ def _rows(answerer: Answerer, questions: QuestionSet, batch: list[int], skip_bro
         if not skip_broken:
             raise
         if len(batch) == 1:
-            warn(f"{error}; the question is left out")
+            warn(f"{error}; the question is left out", everywhere=False)
             return []
         return [row for number in batch for row in _rows(answerer, questions, [number], skip_broken)]
     return [

@@ -262,7 +262,8 @@ def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
     settings = PeftConfig.from_pretrained(folder)
     if getattr(settings, "exclude_modules", None) is None:
         settings.exclude_modules = LORA_EXCLUDED
-    return PeftModel.from_pretrained(model, folder, config=settings, is_trainable=trainable)
+    device = str(next(model.parameters()).device)  # PEFT's own guess is the first card, on every rank
+    return PeftModel.from_pretrained(model, folder, config=settings, is_trainable=trainable, torch_device=device)
 
 
 def load_pretrained_model(
@@ -328,7 +329,9 @@ def load_pretrained_model(
     tokenizer = load_tokenizer(folder if own_tokenizer else base)
     _add_image_marks(model, tokenizer)
     context_len = getattr(model.config, "max_sequence_length", 2048)
-    return tokenizer, model.eval(), load_image_processor(folder, base, tower), context_len
+    image_processor = load_image_processor(folder, base, tower)
+    model.get_vision_tower().image_processor = image_processor
+    return tokenizer, model.eval(), image_processor, context_len
 
 
 def _add_image_marks(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -217,8 +217,11 @@ def write_tensors(path: Path, state: State) -> None:
     publish(temporary, path)
 
 
-def write_model_weights(folder: Path, state: State, max_shard_size: str = "5GB") -> None:
-    """A whole model as safetensors, in shards with an index where it is large; names as LLaVA's own code reads them."""
+def write_model_weights(folder: Path, state: State, max_shard_size: str = "5GB") -> list[str]:
+    """A whole model as safetensors, in shards with an index where it is large; names as LLaVA's own code reads them.
+
+    Returns the names of the files written.
+    """
     state = disk_names(state)
     plan = split_torch_state_dict_into_shards(
         state, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
@@ -228,6 +231,8 @@ def write_model_weights(folder: Path, state: State, max_shard_size: str = "5GB")
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", json.loads(json.dumps(index)))
+        return [*plan.filename_to_tensors, "model.safetensors.index.json"]
+    return list(plan.filename_to_tensors)
 
 
 def fingerprint(path: str) -> list[list[Any]] | str:

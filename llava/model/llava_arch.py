@@ -119,7 +119,8 @@ class LlavaMetaForCausalLM:
             if len(marks) != len(slots) and not (len(marks) == 0 and len(slots) == 1):
                 raise UserError(
                     f"row {b} of the batch: {len(marks)} <image> in the text for {len(slots)} image(s); "
-                    "write one <image> for every image"
+                    "write one <image> for every image",
+                    everywhere=False,
                 )
             row = text[b][keep[b]]
             pieces, piece_labels, start = [], [], 0
@@ -155,7 +156,8 @@ class LlavaMetaForCausalLM:
             b, position = bad.nonzero()[0].tolist()
             raise UserError(
                 f"row {b} of the batch: token id {int(input_ids[b, position])} at position {position} is outside the "
-                f"model's vocabulary of {rows}; the tokenizer belongs to another model"
+                f"model's vocabulary of {rows}; the tokenizer belongs to another model",
+                everywhere=False,
             )
 
     def backbone(self, **inputs: Any) -> Any:
@@ -264,8 +266,9 @@ class LlavaMetaForCausalLM:
         if "inputs_embeds" in kwargs:
             raise ValueError("generate() takes input ids and images; `inputs_embeds` is not supported")
         if images is None:
-            prompt = inputs.shape[1]
-            return super().generate(inputs, attention_mask=attention_mask, **kwargs)[:, prompt:]
+            # As embeddings too, so that the prompt is not repeated whatever form of output is asked for.
+            embeds = self.get_input_embeddings()(inputs)
+            return super().generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
         if attention_mask is None:
             attention_mask = torch.ones_like(inputs, dtype=torch.bool)
         # The next token is written at the right end of every row.

@@ -6,21 +6,22 @@ and that has nothing to do here gets a log line (``NOTHING_TO_DO``).
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 import os
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import is_torch_tf32_available
 
+from llava.command_line import OneLineErrors, refuse_unknown
 from llava.conversation import template
-from llava.errors import UserError, warn
+from llava.errors import UserError, note, warn
 from llava.files import existing, read_object
 
 TRAIN_TYPES = ("projector", "use_lora", "none", "freeze_vision")
@@ -229,6 +230,9 @@ class LlavaTrainingArguments(TrainingArguments):
             if self.tf32:
                 warn("--tf32 True: there is no CUDA device; float32 stays float32")
             self.tf32 = None
+        elif self.tf32 and not is_torch_tf32_available():
+            warn("--tf32 True: this GPU is older than Ampere; float32 stays float32")
+            self.tf32 = None
         if self.use_cpu and self.fp16:
             warn("--fp16 True: the CPU does not train in float16; float32 is used")
             self.fp16 = False
@@ -338,6 +342,10 @@ def deepspeed_config(config: str | dict[str, Any] | None, on_cpu: bool) -> dict[
     for block, flag in (("optimizer", "--optim and per-group rates"), ("scheduler", "--lr_scheduler_type")):
         if block in config:
             warn(f"--deepspeed {source}: its '{block}' block overrides {flag}; remove it to have them obeyed")
+    scale = config.get("fp16", {}).get("min_loss_scale")
+    if isinstance(scale, float) and not scale.is_integer():
+        warn(f"--deepspeed {source}: fp16.min_loss_scale {scale:g} must be a whole number for DeepSpeed; 1 is used")
+        config = {**config, "fp16": {**config["fp16"], "min_loss_scale": 1}}
     if on_cpu:
         config = {**config, "zero_force_ds_cpu_optimizer": config.get("zero_force_ds_cpu_optimizer", False)}
         # Page-locked memory belongs to a device that is not there.
@@ -352,10 +360,8 @@ def deepspeed_config(config: str | dict[str, Any] | None, on_cpu: bool) -> dict[
 A = TypeVar("A")
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line instead of two pages of usage."""
-        raise UserError(f"{message}; --help lists the flags")
+class OneLineHfParser(OneLineErrors, HfArgumentParser):
+    """Hugging Face's parser of dataclasses, with errors of one line."""
 
 
 def parse(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple[Any, ...]:
@@ -365,20 +371,32 @@ def parse(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple[Any
         UserError: an unknown flag (with the nearest known one), or values that do not go together.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = _Parser(classes, allow_abbrev=False)
+    parser = OneLineHfParser(classes, allow_abbrev=False)
     *parsed, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-    if rest:
-        known = [option for action in parser._actions for option in action.option_strings]
-        name = rest[0].split("=")[0]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; --help lists the flags"
-        raise UserError(f"unknown flag {name}{hint}" if name.startswith("-") else f"unexpected argument '{name}'{hint}")
+    refuse_unknown(parser, rest)
     given = {arg.split("=")[0].removeprefix("--") for arg in argv if arg.startswith("--")}
     for flag, reason in NOTHING_TO_DO.items():
-        if flag in given and os.environ.get("RANK", "0") == "0":
-            print(f"note: --{flag} has nothing to do here: {reason}", file=sys.stderr)
+        if flag in given:
+            note(f"--{flag} has nothing to do here: {reason}")
     _settle_evaluation(parsed, given)
+    _settle_idle(parsed, given)
     return tuple(parsed)
+
+
+def _settle_idle(parsed: list[Any], given: set[str]) -> None:
+    """Flags whose work another flag takes away: a note where nothing else is meant, an error where two contradict."""
+    values = {name: value for group in parsed for name, value in vars(group).items()}
+    idle = {}
+    if not values["lora_enable"] and values.get("train_type") != "use_lora":
+        idle |= dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout"), "--lora_enable is False")
+    if values["eval_data_path"] is None:
+        idle |= {"eval_steps": "there is no --eval_data_path"}
+    for flag in sorted(given & idle.keys()):
+        note(f"--{flag} has nothing to do here: {idle[flag]}")
+    if "train_sampling_strategy" in given and values["group_by_modality_length"]:
+        raise UserError("--train_sampling_strategy and --group_by_modality_length True both choose the order; pass one")
+    if values["mm_projector_lr"] and values["freeze_mm_mlp_adapter"]:
+        raise UserError("--mm_projector_lr is for the connector, which --freeze_mm_mlp_adapter freezes; pass one")
 
 
 def _settle_evaluation(parsed: list[Any], given: set[str]) -> None:
@@ -391,12 +409,14 @@ def _settle_evaluation(parsed: list[Any], given: set[str]) -> None:
                 f"--eval_strategy {train_args.eval_strategy.value} needs held-out data; pass --eval_data_path"
             )
     elif not {"eval_strategy", "evaluation_strategy"} & given:
-        train_args.eval_strategy, train_args.eval_steps, train_args.do_eval = IntervalStrategy.STEPS, 0.1, True
+        train_args.eval_strategy, train_args.do_eval = IntervalStrategy.STEPS, True
+        if "eval_steps" not in given:
+            train_args.eval_steps = 0.1
 
 
 def as_dict(*groups: Any) -> dict[str, Any]:
-    """All arguments by name, as JSON can hold them."""
-    values: dict[str, Any] = {}
+    """All arguments by name, as JSON can hold them, and the number of processes, which decides what they mean."""
+    values: dict[str, Any] = {"world_size": int(os.environ.get("WORLD_SIZE", "1"))}
     for group in groups:
         for f in fields(group):
             value = getattr(group, f.name)

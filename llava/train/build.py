@@ -158,14 +158,14 @@ def collator(plan: ModelPlan) -> Collator:
     return Collator(plan.tokenizer.pad_token_id, plan.config["tokenizer_model_max_length"], blank)
 
 
-def check_output_dir(output_dir: str, arguments: dict[str, Any]) -> None:
-    """A folder with checkpoints is gone on with only where its run had the same arguments.
+def check_resumed(checkpoint: str | None, arguments: dict[str, Any]) -> None:
+    """A run is gone on with only with the arguments it was started with.
 
     Raises:
-        UserError: it did not; the arguments that differ are named.
+        UserError: they differ; those that do are named.
     """
-    card = Path(output_dir) / "run.json"
-    if not card.is_file() or not any(Path(output_dir).glob("checkpoint-*")):
+    card = Path(checkpoint).parent / "run.json" if checkpoint else None
+    if card is None or not card.is_file():
         return
     before = read_object(card).get("arguments", {})
     differing = [
@@ -175,8 +175,8 @@ def check_output_dir(output_dir: str, arguments: dict[str, Any]) -> None:
     ]
     if differing:
         raise UserError(
-            f"--output_dir {output_dir} holds checkpoints of a run with other arguments ({'; '.join(differing[:5])}); "
-            "choose another folder, or remove its checkpoints"
+            f"{checkpoint} belongs to a run with other arguments ({'; '.join(differing[:5])}); choose another "
+            "--output_dir, or pass --resume_from_checkpoint False to start afresh"
         )
 
 

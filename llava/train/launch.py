@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import os
 import socket
@@ -23,7 +24,10 @@ def prepare_processes(argv: list[str] | None = None) -> None:
     quiet()
     if not any(arg == "--deepspeed" or arg.startswith("--deepspeed=") for arg in argv):
         return
-    on_cpu = not torch.cuda.is_available() or "--use_cpu" in argv
+    on_cpu = not torch.cuda.is_available() or _flag(argv, "--use_cpu", "False").lower() in ("true", "1", "yes")
+    # The group is made before the arguments are parsed; its timeout is theirs all the same (default: half an hour).
+    timeout = _flag(argv, "--ddp_timeout", "1800")
+    timeout = datetime.timedelta(seconds=int(timeout) if timeout.isdigit() else 1800)
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # accelerate reads it as "no DeepSpeed, please": the run would go on without ZeRO and say nothing.
@@ -43,10 +47,21 @@ def prepare_processes(argv: list[str] | None = None) -> None:
 
     if on_cpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        deepspeed.init_distributed(dist_backend="gloo", verbose=False, timeout=timeout)
     else:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        deepspeed.init_distributed(verbose=False)
+        deepspeed.init_distributed(verbose=False, timeout=timeout)
+
+
+def _flag(argv: list[str], name: str, default: str) -> str:
+    """Value of ``--name VALUE`` or ``--name=VALUE``; a bare flag is true."""
+    for index, arg in enumerate(argv):
+        if arg.startswith(f"{name}="):
+            return arg.split("=", 1)[1]
+        if arg == name:
+            bare = index + 1 == len(argv) or argv[index + 1].startswith("--")
+            return "True" if bare else argv[index + 1]
+    return default
 
 
 def free_port() -> int:

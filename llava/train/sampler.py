@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.utils.data import Sampler
@@ -14,24 +14,20 @@ class ModalityLengthSampler(Sampler[int]):
 
     ``lengths`` are positive for samples with a picture and negative for text only. Within a kind the samples are
     shuffled, cut into megabatches and sorted inside them by length; the megabatches are shuffled; what is left over of
-    both kinds forms the last one. Each epoch has an order of its own.
+    both kinds forms the last one. Each epoch (``epoch()`` counts from 0) has an order of its own.
     """
 
-    def __init__(self, lengths: list[int], megabatch: int, seed: int) -> None:
+    def __init__(self, lengths: list[int], megabatch: int, seed: int, epoch: Callable[[], int]) -> None:
         self.lengths = lengths
         self.megabatch = megabatch
         self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader at the start of every epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        draw = torch.Generator().manual_seed(self.seed + self.epoch)
+        draw = torch.Generator().manual_seed(self.seed + self.epoch())
         full: list[list[int]] = []
         left: list[int] = []
         for kind in (True, False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,23 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     inner = bare_model(model)
     if lora:
-        _save_adapter(model, state, folder)
+        written = _save_adapter(model, state, folder)
     elif whole:
-        write_model_weights(folder, state)
+        written = write_model_weights(folder, state)
     else:
+        written = [CONNECTOR[0]]
         write_tensors(folder / CONNECTOR[0], state)
+    # What an earlier run left in the folder under other names would be loaded instead.
+    ours = (
+        *ADAPTER_WEIGHTS,
+        "adapter_config.json",
+        *NON_LORA,
+        *CONNECTOR,
+        "model*.safetensors*",
+        "pytorch_model*.bin*",
+    )
+    for stale in {path for pattern in ours for path in folder.glob(pattern)} - {folder / name for name in written}:
+        stale.unlink()
     write_config(inner, folder)
     generation = inner.generation_config.to_dict()
     write_json(folder / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
@@ -75,7 +88,7 @@ def save_checkpoint(
     image_processor.save_pretrained(folder)
 
 
-def _save_adapter(model: Any, state: State, folder: Path) -> None:
+def _save_adapter(model: Any, state: State, folder: Path) -> list[str]:
     from peft import get_peft_model_state_dict
 
     adapter = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
@@ -85,6 +98,7 @@ def _save_adapter(model: Any, state: State, folder: Path) -> None:
     # Upstream's loader asks for this file even where nothing but the LoRA trained.
     others = {name: value for name, value in state.items() if part_of(name) != "lora"}
     write_tensors(folder / NON_LORA[0], others)
+    return [ADAPTER_WEIGHTS[0], "adapter_config.json", NON_LORA[0]]
 
 
 def _plain(value: Any) -> Any:
@@ -102,11 +116,14 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     """Put back into ``model`` what ``save_checkpoint`` wrote for it (to go on training)."""
     weights = first_of(folder, ADAPTER_WEIGHTS)
     if weights is not None:
-        from peft import set_peft_model_state_dict
-
-        set_peft_model_state_dict(model, read_tensors(weights))
+        # By name and not by PEFT's own loader, which cannot fill parameters that ZeRO-3 has partitioned.
+        adapter = {
+            re.sub(r"(lora_[AB])\.weight$", r"\1.default.weight", k): v for k, v in read_tensors(weights).items()
+        }
+        assign(model, adapter, weights)
         others = first_of(folder, NON_LORA)
-        assign(bare_model(model), strip_prefixes(read_tensors(others)), others)
+        if others is not None:
+            assign(bare_model(model), strip_prefixes(read_tensors(others)), others)
         return
     connector = first_of(folder, CONNECTOR)
     assign(model, read_connector(connector) if connector else read_model_weights(folder), folder)

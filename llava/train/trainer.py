@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
@@ -99,7 +100,8 @@ class LlavaTrainer(Trainer):
             return super()._get_train_sampler(dataset)
         megabatch = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return ModalityLengthSampler(dataset.modality_lengths, megabatch, seed)
+        # The loader's own count of epochs does not reach a sampler when a run is resumed; the state's is always right.
+        return ModalityLengthSampler(dataset.modality_lengths, megabatch, seed, lambda: int(self.state.epoch or 0))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Every checkpoint, also one in the middle, loads by itself."""
@@ -111,9 +113,9 @@ class LlavaTrainer(Trainer):
     def finish(self, card: RunCard) -> None:
         """Save the run: weights, trainer_state.json, run.json with the final metrics."""
         metrics = dict(self.state.log_history[-1]) if self.state.log_history else {}
+        self.save_model()  # first: an evaluation that fails must not cost the run
         if self.eval_dataset is not None:
             metrics.update(self.evaluate())
-        self.save_model()
         self.save_state()
         if self.args.should_save:
             card.content["engine"] = {
@@ -141,13 +143,13 @@ class LlavaTrainer(Trainer):
         finally:
             staged, self._staging = self._staging / name, None
         self.accelerator.wait_for_everyone()
+        if self.state.best_global_step:
+            best = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best)
         if self.args.should_save:
             shutil.rmtree(output_dir / name, ignore_errors=True)
             os.replace(staged, output_dir / name)
             shutil.rmtree(staged.parent)
-            if self.state.best_global_step:
-                best = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-                self.state.best_model_checkpoint = str(best)
             rotate_checkpoints(
                 output_dir=str(output_dir),
                 save_total_limit=self.args.save_total_limit,
@@ -218,6 +220,8 @@ class DPOTrainer(LlavaTrainer):
 
     def _add(self, mode: str, terms: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         for name, (values, weights) in terms.items():
+            if mode == "eval":  # the last batch of the ranks is filled up with pairs that were counted already
+                values, weights = self.accelerator.gather_for_metrics((values, weights))
             pair = torch.stack([values.sum().double(), weights.sum().double()])
             self._sums[mode][name] = self._sums[mode].get(name, 0) + pair
 
@@ -251,14 +255,26 @@ def checkpoint_to_resume(args: Any) -> str | None:
     A ``checkpoint-N`` gets its name when it is complete, so the newest one is whole. ``False`` starts afresh.
 
     Raises:
-        UserError: the folder that the flag names is no checkpoint.
+        UserError: the folder that the flag names is no checkpoint, or the checkpoint has no optimizer state.
     """
     wanted = args.resume_from_checkpoint
-    if wanted in (None, "True", "true"):
-        folders = [f for f in Path(args.output_dir).glob("checkpoint-*") if (f / TRAINER_STATE_NAME).is_file()]
-        return str(max(folders, key=lambda folder: int(folder.name.split("-")[-1]))) if folders else None
     if wanted in ("False", "false"):
         return None
-    if not (Path(wanted) / TRAINER_STATE_NAME).is_file():
+    if wanted in (None, "True", "true"):
+        steps = {
+            int(found[1]): folder
+            for folder in Path(args.output_dir).glob("checkpoint-*")
+            if (found := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and (folder / TRAINER_STATE_NAME).is_file()
+        }
+        if not steps:
+            return None
+        wanted = str(steps[max(steps)])
+    folder = Path(wanted)
+    if not (folder / TRAINER_STATE_NAME).is_file():
         raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint of a run ({TRAINER_STATE_NAME} is missing)")
+    if not ((folder / "optimizer.pt").is_file() or any(folder.glob("global_step*"))):
+        raise UserError(
+            f"{wanted} holds no optimizer state (--save_only_model), so the run cannot go on from it; choose another "
+            "--output_dir, or pass --resume_from_checkpoint False to start afresh"
+        )
     return wanted

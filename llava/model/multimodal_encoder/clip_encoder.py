@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +31,12 @@ class CLIPVisionTower(nn.Module):
         self.select_layer = select_layer
         self.select_feature = select_feature
         self.vision_tower = CLIPVisionModel(config)
+
+    is_loaded = True  # upstream's loads late and is asked before use
+    image_processor: Any = None  # set by load_pretrained_model
+
+    def load_model(self) -> None:
+        """Nothing is left to load: weights came in with the model's."""
 
     @property
     def config(self) -> CLIPVisionConfig:
