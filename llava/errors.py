@@ -17,8 +17,8 @@ EXIT_BAD_INPUT = 2
 class UserError(Exception):
     """Input that cannot be used. The message names the file, the record, the key and the mend, on one line.
 
-    ``everywhere`` says that every rank meets the same error (bad flags, bad files read at start-up), so only
-    rank 0 needs to print it. An error met inside training or a data worker may exist on one rank only.
+    ``everywhere`` says that every rank meets the same error (bad flags, bad files read at start-up), so one
+    rank of every node prints it. An error met inside training or a data worker may exist on one rank only.
     """
 
     mend = ""  # what a script adds to the message

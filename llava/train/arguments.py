@@ -12,7 +12,7 @@ import os
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -355,9 +355,6 @@ def deepspeed_config(config: str | dict[str, Any] | None, on_cpu: bool) -> dict[
                 zero[key].pop("pin_memory", None)
         config["zero_optimization"] = zero
     return config
-
-
-A = TypeVar("A")
 
 
 class OneLineHfParser(OneLineErrors, HfArgumentParser):
