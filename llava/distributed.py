@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
+import sys
 from typing import NamedTuple
 
 
@@ -31,6 +33,19 @@ def join_world() -> World:
         # A slow card must not be taken for a dead one: a set takes hours on a busy machine.
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     return world
+
+
+def leave_world() -> None:
+    """End the process group, if there is one, while the interpreter is whole.
+
+    A gloo thread that still holds a tensor when the interpreter ends takes the process down with SIGABRT
+    (pytorch#179291), and the launcher then calls a finished run a failed one.
+    """
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        gc.collect()  # models and trainers refer to the group in cycles
+        dist.destroy_process_group()
+        gc.collect()
 
 
 _ENVIRONMENT = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))

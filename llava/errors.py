@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
+from llava.distributed import leave_world
+
 T = TypeVar("T")
 
 EXIT_BAD_INPUT = 2
@@ -51,12 +53,15 @@ def note(message: str) -> None:
 
 
 def command_line(main: Callable[[], T]) -> Callable[[], T]:
-    """Turn a ``UserError`` raised by a script's ``main`` into one line on stderr and exit code 2."""
+    """Turn a ``UserError`` raised by a script's ``main`` into one line on stderr and exit code 2.
+
+    A ``main`` that returns leaves its process group here, when its model and its trainer are gone.
+    """
 
     @functools.wraps(main)
     def run() -> T:
         try:
-            return main()
+            result = main()
         except UserError as error:
             rank = os.environ.get("RANK", "0")
             # One line a node where all ranks meet the same error: another node may lack what this one has.
@@ -68,5 +73,7 @@ def command_line(main: Callable[[], T]) -> Callable[[], T]:
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 os._exit(EXIT_BAD_INPUT)
             sys.exit(EXIT_BAD_INPUT)
+        leave_world()
+        return result
 
     return run

@@ -75,6 +75,26 @@ def test_ha_dpos_command_runs_unchanged_under_deepspeed(golden, tmp_path):
     load_pretrained_model(str(tmp_path / "out"), str(golden / "tiny-llava-original"))
 
 
+def test_a_script_ends_its_process_group_before_the_interpreter_ends(monkeypatch):
+    import torch.distributed as dist
+
+    from llava.distributed import join_world
+    from llava.errors import command_line
+
+    group = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29891}
+    for name, value in group.items():
+        monkeypatch.setenv(name, str(value))
+
+    @command_line
+    def main() -> bool:
+        dist.init_process_group("gloo")
+        assert join_world().size == 1
+        return dist.is_initialized()
+
+    assert main() is True
+    assert not dist.is_initialized()
+
+
 @pytest.fixture(scope="module")
 def alone(golden, tmp_path_factory):
     """One process, batches of four pairs: what two processes with two pairs each must reproduce."""
