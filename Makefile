@@ -3,10 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: test check
+.PHONY: demo test test-slow check
+
+demo: $(STAMP)  ## train, evaluate, HA-DPO, evaluate again, on a small world: some minutes on two cores
+	$(VENV)/bin/python -m demo.run
 
 test: $(STAMP)  ## the tests, some minutes
 	$(VENV)/bin/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)  ## the demo from beginning to end, and all else that takes minutes
+	$(VENV)/bin/python -m pytest -m slow
 
 check: $(STAMP)  ## style and lint
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,132 @@
+"""The demo's journey: steps are gone once, killed ones again, and damaged weights stop it at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from demo.journey import Journey
+from llava.errors import UserError
+from llava.files import sha256
+
+ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS = ROOT / "demo/weights"
+
+
+@pytest.fixture
+def code(tmp_path):
+    """A repository of one script, which counts how often it ran."""
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "step.py").write_text(
+        "import pathlib, sys, time\n"
+        "with pathlib.Path(sys.argv[1]).open('a') as f: f.write('ran\\n')\n"
+        "time.sleep(float(sys.argv[2]))\n"
+        "sys.exit(int(sys.argv[3]))\n"
+    )
+    return root
+
+
+def go(code: Path, out: Path, second: str = "0 0", settings: str = "seed 0") -> Journey:
+    with Journey(out, code, settings) as journey:
+        journey.make("a folder", out / "made", lambda to: (to / "file").write_text("x"))
+        journey.run("first", f"python step.py {out}/first 0 0")
+        journey.run("second", f"python step.py {out}/second {second}")
+        journey.finish()
+    return journey
+
+
+def test_a_failed_step_is_said_with_its_last_lines_and_gone_again(code, tmp_path, capsys):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"'second' ended with exit code 3; all it said is in .*03 second\.log"):
+        go(code, out, "0 3")
+    assert "step.py" in capsys.readouterr().out
+    (code / "zero_configs").mkdir()  # nothing that a result depends on
+    go(code, out)
+    assert "going on after: a folder, first" in capsys.readouterr().out
+    assert (out / "first").read_text() == "ran\n"
+    assert (out / "second").read_text() == "ran\nran\n"
+    assert list(json.loads((out / "progress.json").read_text())["seconds"]) == ["a folder", "first", "second"]
+
+
+def test_a_finished_run_is_set_aside(code, tmp_path):
+    out = tmp_path / "out"
+    go(code, out)
+    go(code, out)
+    assert (out / "second").read_text() == (tmp_path / "out.previous/second").read_text() == "ran\n"
+
+
+@pytest.mark.parametrize("change", ["code", "settings"])
+def test_what_another_code_or_seed_made_is_not_used(code, tmp_path, change):
+    out = tmp_path / "out"
+    with pytest.raises(UserError):
+        go(code, out, "0 3")
+    if change == "code":
+        (code / "step.py").write_text((code / "step.py").read_text() + "# changed\n")
+    go(code, out, settings="seed 1" if change == "settings" else "seed 0")
+    assert (out / "first").read_text() == "ran\n"
+    assert (tmp_path / "out.previous/first").is_file()
+
+
+def test_killed_and_started_again(code, tmp_path):
+    """SIGKILL leaves the running command behind: the next run ends it, a run beside a living one is refused."""
+    out = tmp_path / "out"
+    script = (
+        "import sys; sys.path[:0] = [{root!r}, {tests!r}]\nfrom pathlib import Path\n"
+        "from test_demo_run import go\ngo(Path({code!r}), Path({out!r}), '60 0')"
+    ).format(root=str(ROOT), tests=str(ROOT / "tests"), code=str(code), out=str(out))
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (out / "second").is_file():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    with pytest.raises(UserError, match="another run of the demo writes there"):
+        go(code, out)
+    group = int((tmp_path / ".out.lock").read_text().split()[1])
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    os.kill(group, 0)  # the command lives on
+    go(code, out)
+    assert (out / "first").read_text() == "ran\n"
+    assert (out / "second").read_text() == "ran\nran\n"
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{group}").exists() and "Z" not in Path(f"/proc/{group}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_weights_are_small_and_what_their_sums_say():
+    lines = (WEIGHTS / "SHA256SUMS").read_text().splitlines()
+    named = {line.split()[1]: line.split()[0] for line in lines}
+    files = {str(file.relative_to(WEIGHTS)): file for file in WEIGHTS.glob("*/*")}
+    assert set(named) == set(files)
+    assert all(sha256(file) == named[name] for name, file in files.items())
+    assert sum(file.stat().st_size for file in files.values()) <= 8_000_000
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut", "missing"])
+def test_damaged_weights_are_one_line(tmp_path, damage):
+    for folder in ("demo", "llava"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("out*", "__pycache__"))
+    file = tmp_path / "demo/weights/llm/model.safetensors"
+    content = file.read_bytes()
+    file.unlink()
+    if damage != "missing":
+        file.write_bytes(content[:-1] + (bytes([content[-1] ^ 1]) if damage == "changed" else b""))
+    done = subprocess.run(
+        [sys.executable, "-m", "demo.run"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert re.match(r"error: \S+llm/model\.safetensors: SHA-256 [0-9a-f]{12}\.\.\. expected, found ", line)
+    assert "git checkout -- demo/weights" in line
+    assert not (tmp_path / "demo/out").exists()
