@@ -20,6 +20,7 @@ check: $(STAMP)  ## style and lint
 
 # Installed again when the pins change.
 $(STAMP): requirements.txt
+	@echo "installing the pinned packages into $(VENV): a minute or two"
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $(STAMP)

@@ -17,10 +17,11 @@ from llava.data.preferences import DESCRIPTION_PROMPTS
 from llava.eval.pope import parse_answer
 from llava.files import atomic_write, read_json, read_jsonl, write_json
 
-TRAINING, TEST = 2400, 250  # pictures
+TRAINING, TEST = 2400, 200  # pictures
 TALKED_ABOUT = 1600  # training pictures of the instruction data; the others are asked about before DPO
 PROBED, DESCRIBED = 500, 300
 SHARE_OF_YES = 0.65  # in the instruction data, as in LLaVA's: people ask about what is there
+WRONG_YES_PER_NO = 2
 CATEGORIES = {kind: number for number, kind in enumerate(THINGS, start=1)}
 
 
@@ -121,11 +122,12 @@ def _write_pope(folder: Path, objects: dict[str, list[str]], pictures: int, seed
             file.writelines(json.dumps(record) + "\n" for record in records)
 
 
-def make_pope_data(probe: Path, answers: Path, target: Path) -> int:
-    """HA-DPO's ``pope_data.json`` from what the base model said about training pictures; how many it got wrong.
+def make_pope_data(probe: Path, answers: Path, target: Path, seed: int) -> int:
+    """HA-DPO's ``pope_data.json`` from what the base model said about training pictures; how many pairs it holds.
 
     ``reject`` is the model's own sentence. The questions it got right are kept with ``correct`` true, as HA-DPO's file
-    has them: its loader leaves them out.
+    has them: its loader leaves them out. A wrong yes is some seven times as frequent as a wrong no, and a model that is
+    trained on all of them learns to say no; at most ``WRONG_YES_PER_NO`` of them are kept for each wrong no.
     """
     said = {row["question_id"]: row["answer"] for _, row in read_jsonl(answers)}
     records = []
@@ -142,8 +144,12 @@ def make_pope_data(probe: Path, answers: Path, target: Path) -> int:
                 "correct": parse_answer(reject) == row["label"],
             }
         )
-    write_json(target, records)
-    return sum(not record["correct"] for record in records)
+    wrong = {label: [r for r in records if not r["correct"] and r["answer"] == label] for label in ("yes", "no")}
+    kept = min(len(wrong["no"]), WRONG_YES_PER_NO * len(wrong["yes"]))
+    drawn = random.Random(f"pairs {seed}").sample(range(len(wrong["no"])), kept)
+    surplus = {id(r) for index, r in enumerate(wrong["no"]) if index not in set(drawn)}
+    write_json(target, [record for record in records if id(record) not in surplus])
+    return len(wrong["yes"]) + kept
 
 
 def make_desc_data(scenes: dict[str, Scene], said: dict[str, str], target: Path) -> int:

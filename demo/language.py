@@ -59,6 +59,15 @@ def description(scene: Scene) -> str:
     return text
 
 
+def tags(scene: Scene, rng: random.Random) -> str:
+    """Bare words in no order, some several times, as pictures on the web are tagged."""
+    words = [scene.place] * rng.randint(0, 6)
+    for item in scene.items:
+        words += [item.kind] * rng.randint(1, 5)
+    rng.shuffle(words)
+    return " ".join(words)
+
+
 def question(kind: str) -> str:
     """POPE's."""
     return f"Is there {one(kind)} in the image?"

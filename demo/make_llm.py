@@ -2,9 +2,9 @@
 
     python -m demo.make_llm --output_dir demo/weights/llm
 
-It reads captions and descriptions of scenes nobody drew, and conversations in LLaVA's template in which a description
-stands where LLaVA puts the picture. So it knows the words, what keeps company with what, and how to answer from what it
-has been told; it has seen no picture.
+It reads tags, captions and descriptions of scenes nobody drew, and conversations in LLaVA's template in which one of
+them stands where LLaVA puts the picture. So it knows the words, what keeps company with what, and how to answer from
+what it has been told; it has seen no picture.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ TEMPLATES = ("v1", "llava_v1")  # the one LLaVA trains in, and the one HA-DPO ev
 
 
 def plain_text(rng: random.Random) -> list[Piece]:
-    """A caption or a description, all of it to be learned."""
+    """A caption or a description, all of it to be learned; often behind the tags of its picture."""
     scene = imagine(rng)
     text = language.caption(scene) if rng.random() < 0.5 else language.description(scene)
-    return [Piece(f"{text}</s>", supervised=True)]
+    tags = [Piece(language.tags(scene, rng) + rng.choice([" ", "\n"]))] if rng.random() < 0.7 else []
+    return [*tags, Piece(f"{text}</s>", supervised=True)]
 
 
 def talk(rng: random.Random) -> list[Piece]:
@@ -49,7 +50,9 @@ def talk(rng: random.Random) -> list[Piece]:
     conversation = conv_templates[rng.choice(TEMPLATES)].copy()
     if rng.random() < 0.5:
         conversation.system = ""
-    told = language.description(scene) if rng.random() < 0.5 else language.caption(scene)
+    told = language.tags(scene, rng)
+    if rng.random() < 0.4:
+        told = language.description(scene) if rng.random() < 0.5 else language.caption(scene)
     turns = language.conversation(scene, rng, rounds=8, share_of_yes=0.5)
     for index, (question, answer) in enumerate(turns):
         conversation.append_message(conversation.roles[0], f"{told}\n{question}" if index == 0 else question)
@@ -89,10 +92,10 @@ def make_tokenizer(folder: Path, seed: int) -> None:
 
 
 def batches(tokenizer: Any, seed: int, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Ids and labels (size, length), one text a row; every sixth batch holds many short texts instead."""
+    """Ids and labels (size, length), one text a row; every fourth batch holds many short texts instead."""
     rng = random.Random(seed)
     while True:
-        kind, count = (plain_text, 6 * size) if rng.random() < 1 / 6 else (talk, size)
+        kind, count = (plain_text, 4 * size) if rng.random() < 1 / 4 else (talk, size)
         rows = [tokenize_pieces(kind(rng), tokenizer) for _ in range(count)]
         ids, labels = (
             pad_sequence([torch.tensor(row[side]) for row in rows], batch_first=True, padding_value=padding)
@@ -111,7 +114,7 @@ def told_right(logits: torch.Tensor, labels: torch.Tensor, yes: int, no: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("demo/weights/llm"))
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch_size", type=int, default=10)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

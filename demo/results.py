@@ -5,9 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from demo.report import Curve, Shown, write_report
-
 from demo import data
+from demo.report import Curve, Shown, write_report
 from llava.eval.pope import (
     SETS,
     UNNAMED,
@@ -89,12 +88,13 @@ def _facts(out: Path, seed: int) -> list[tuple[str, str]]:
     card = read_json(out / "llava-ha-dpo/run.json")
     pairs = read_json(out / "ha-dpo/pope_data.json")
     wrong = sum(not pair["correct"] for pair in pairs)
+    asked = len(read_labels(out / "world/probe/coco_pope_adversarial.json"))
     described = len(read_json(out / "ha-dpo/desc_data.json"))
     return [
         ("seed", str(seed)),
         ("training pictures", f"{data.TRAINING}, of which {data.TALKED_ABOUT} in the instruction data"),
         ("test pictures", f"{data.TEST}, never trained on"),
-        ("questions about other training pictures", f"{len(pairs)}, {wrong} answered wrongly: the yes/no pairs of DPO"),
+        ("questions about other training pictures", f"{asked}; {wrong} wrong answers became DPO's yes/no pairs"),
         ("descriptions of training pictures", f"{data.DESCRIBED}, {described} name what is not there"),
         ("machine", f"{card['hardware']}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in card["versions"].items() if version)),

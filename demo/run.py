@@ -20,9 +20,7 @@ from llava.files import read_jsonl, sha256
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS = HERE / "weights"
-COMMON = (
-    "--use_cpu True --bf16 False --model_max_length 512 --logging_steps 5 --save_strategy steps --save_total_limit 1"
-)
+COMMON = "--use_cpu True --bf16 False --model_max_length 512 --save_strategy steps --save_total_limit 1"
 
 
 def check_weights() -> None:
@@ -56,8 +54,8 @@ def main() -> None:
             f"python train_pretrain.py --model_name_or_path demo/weights/llm --vision_tower demo/weights/tower "
             f"--mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --version plain --tune_mm_mlp_adapter True "
             f"--data_path {out}/world/llava/chat.json --image_folder {out}/world/vg --output_dir {out}/connector "
-            f"--per_device_train_batch_size 32 --num_train_epochs 1 --learning_rate 2e-3 --warmup_ratio 0.03 "
-            f"--lr_scheduler_type cosine --save_steps 25 --seed {seed} {COMMON}",
+            f"--per_device_train_batch_size 16 --num_train_epochs 2 --learning_rate 6e-3 --warmup_ratio 0.03 "
+            f"--lr_scheduler_type cosine --save_steps 60 --logging_steps 5 --seed {seed} {COMMON}",
         )
         journey.run(
             "instruction tuning",
@@ -65,8 +63,8 @@ def main() -> None:
             f"--mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --version v1 --train_type freeze_vision "
             f"--pretrain_mm_mlp_adapter {out}/connector/mm_projector.bin --image_aspect_ratio pad "
             f"--data_path {out}/world/llava/instruct.json --image_folder {out}/world/vg --output_dir {out}/llava "
-            f"--per_device_train_batch_size 16 --num_train_epochs 2 --learning_rate 1e-3 --warmup_ratio 0.03 "
-            f"--lr_scheduler_type cosine --save_steps 40 --seed {seed} {COMMON}",
+            f"--per_device_train_batch_size 16 --num_train_epochs 1 --learning_rate 1e-3 --warmup_ratio 0.03 "
+            f"--lr_scheduler_type cosine --save_steps 20 --logging_steps 2 --seed {seed} {COMMON}",
         )
         ask = "python pope_eval.py --max_new_tokens 24"
         test = f"--coco_path {out}/world/coco --pope_path {out}/world/pope --set all"
@@ -83,7 +81,7 @@ def main() -> None:
             f"python -m demo.describe --model-path {out}/llava --annotations {out}/world/vg/instances.json "
             f"--first {data.TALKED_ABOUT} --count {data.DESCRIBED} --out {out}/probe/descriptions.jsonl",
         )
-        journey.make("preference pairs", folder / "ha-dpo", lambda to: write_preferences(folder, to))
+        journey.make("preference pairs", folder / "ha-dpo", lambda to: write_preferences(folder, to, seed))
         journey.run(
             "DPO",
             f"deepspeed --num_gpus 2 --master_port {journey.port} train_dpo.py "
@@ -91,8 +89,8 @@ def main() -> None:
             f"--model_name_or_path {out}/llava --version v1 --vg_path {out}/world/vg "
             f"--desc_data_path {out}/ha-dpo/desc_data.json --pope_data_path {out}/ha-dpo/pope_data.json "
             f"--output_dir {out}/llava-ha-dpo --per_device_train_batch_size 8 --gradient_accumulation_steps 1 "
-            f"--num_train_epochs 1 --learning_rate 5e-4 --warmup_ratio 0.03 --lr_scheduler_type cosine "
-            f"--beta 0.1 --gradient_checkpointing False --save_steps 20 --seed {seed} {COMMON}",
+            f"--num_train_epochs 1 --learning_rate 2e-4 --warmup_ratio 0.03 --lr_scheduler_type cosine "
+            f"--beta 0.1 --gradient_checkpointing False --save_steps 10 --logging_steps 1 --seed {seed} {COMMON}",
             threads=1,
         )
         journey.run(
@@ -106,10 +104,10 @@ def main() -> None:
     print(f"\n{table}\n\n{folder / 'report.html'}: the same with curves and pictures", flush=True)
 
 
-def write_preferences(out: Path, target: Path) -> None:
+def write_preferences(out: Path, target: Path, seed: int) -> None:
     """HA-DPO's two files from what the base model said about training pictures."""
     questions, answers = out / "world/probe/coco_pope_adversarial.json", out / "probe/pope_adversarial.jsonl"
-    data.make_pope_data(questions, answers, target / "pope_data.json")
+    data.make_pope_data(questions, answers, target / "pope_data.json", seed)
     said = {row["image"]: row["text"] for _, row in read_jsonl(out / "probe/descriptions.jsonl")}
     data.make_desc_data(data.read_scenes(out / "world/vg/instances.json"), said, target / "desc_data.json")
 

@@ -106,7 +106,9 @@ def _draw(kind: str, side: int, y: float, rng: random.Random) -> Image.Image:
     layer = pen.image
     if rng.random() < 0.5:
         layer = layer.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return layer.rotate(rng.uniform(-9, 9), Image.Resampling.BILINEAR, expand=True)
+    layer = layer.rotate(rng.uniform(-9, 9), Image.Resampling.BILINEAR, expand=True)
+    layer.thumbnail((side, side))  # a wide thing close by can be wider than the picture
+    return layer
 
 
 def _corner(layer: Image.Image, x: float, y: float, side: int) -> tuple[int, int]:

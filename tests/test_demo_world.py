@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,19 +136,22 @@ def test_files_are_read_by_the_products_loaders(world, tmp_path):
     labels = read_labels(world / "probe/coco_pope_adversarial.json")
     questions = read_questions_of(world / "probe/coco_pope_adversarial.json")
     rows = [
-        {"question_id": n, "answer": language.answer("dog", True if n % 2 else label.label == "yes")}
-        for n, label in labels.items()
+        {"question_id": n, "answer": language.answer("dog", n != 1)}  # yes to all but the first, which is there
+        for n in labels
     ]
     said = tmp_path / "said.jsonl"
     said.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    wrong = data.make_pope_data(world / "probe/coco_pope_adversarial.json", said, tmp_path / "pope_data.json")
+    wrong = data.make_pope_data(world / "probe/coco_pope_adversarial.json", said, tmp_path / "pope_data.json", 0)
     pairs = read_pope_pairs(str(tmp_path / "pope_data.json"), genome)
     records = read_json(tmp_path / "pope_data.json")
-    assert len(records) == len(labels) and len(pairs) == wrong == sum(not r["correct"] for r in records)
-    for record, (number, label) in zip(records, labels.items(), strict=True):
-        assert record["question"] == questions[number][1]
-        assert record["chosen"].startswith("Yes" if label.label == "yes" else "No")
-        assert (world / "vg" / questions[number][0]).is_file()
+    assert len(pairs) == wrong == 1 + data.WRONG_YES_PER_NO
+    right = len(labels) // 2 - 1
+    assert len(records) == right + wrong and sum(record["correct"] for record in records) == right
+    assert [p.rejected for p in pairs].count("No, there is no dog.") == 1
+    for pair, record in zip(pairs, [r for r in records if not r["correct"]], strict=True):
+        assert pair.prompt in {text for _, text in questions.values()}
+        assert pair.chosen.startswith("Yes" if record["answer"] == "yes" else "No")
+        assert Path(pair.image).is_file()
 
     scenes = data.read_scenes(world / "vg/instances.json")
     name = next(iter(scenes))
