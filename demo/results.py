@@ -96,6 +96,6 @@ def _facts(out: Path, seed: int) -> list[tuple[str, str]]:
         ("test pictures", f"{data.TEST}, never trained on"),
         ("questions about other training pictures", f"{asked}; {wrong} wrong answers became DPO's yes/no pairs"),
         ("descriptions of training pictures", f"{data.DESCRIBED}, {described} name what is not there"),
-        ("machine", f"{card['hardware']}"),
+        ("machine", f"{card['hardware']['cpus']} cores, {card['hardware']['platform']}, no GPU used"),
         ("versions", ", ".join(f"{name} {version}" for name, version in card["versions"].items() if version)),
     ]

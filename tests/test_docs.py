@@ -248,3 +248,33 @@ def test_licence_is_apache() -> None:
     assert "Apache License" in text
     assert "END OF TERMS AND CONDITIONS" in text
     assert "Copyright 2026 the authors" in text
+
+
+DEMO_README = ROOT / "demo/README.md"
+
+
+@pytest.mark.parametrize("words", commands(DEMO_README), ids=lambda words: " ".join(words)[:60])
+def test_demo_command_parses(words: list[str]) -> None:
+    if words[0] == "tensorboard":
+        assert words[1] == "--logdir"
+    elif words[0] == "(cd":
+        assert words[1] == "demo/weights"
+    else:
+        while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+            words = words[1:]
+        assert words[:2] == ["python", "-m"]
+        source = (ROOT / (words[2].replace(".", "/") + ".py")).read_text(encoding="utf-8")
+        assert all(f'"{word}"' in source for word in words[3:] if word.startswith("--"))
+
+
+def test_demo_table_agrees_with_itself() -> None:
+    """Half of POPE's answers are yes: precision and recall decide the other three numbers."""
+    tables = [re.findall(r"^\| demo-llava \| (.*) \|$", f.read_text(encoding="utf-8"), re.MULTILINE) for f in READMES]
+    assert tables[0] == tables[1]
+    rows = [row.split(" | ") for row in tables[0]]
+    assert [row[:2] for row in rows] == [[s, m] for m in "✗✓" for s in ("random", "popular", "adversarial")]
+    for _, _, *numbers in rows:
+        accuracy, precision, recall, f1, yes_ratio = map(float, numbers)
+        assert f1 == pytest.approx(2 * precision * recall / (precision + recall), abs=0.02)
+        assert yes_ratio == pytest.approx(100 * recall / precision / 2, abs=0.02)
+        assert accuracy == pytest.approx(50 + recall - yes_ratio, abs=0.02)
