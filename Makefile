@@ -1,4 +1,4 @@
-# Every target works alone, from a bare clone with Python 3.10 or newer and nothing installed.
+# Every target works alone, from a fresh clone with Python 3.10 or newer and nothing installed.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -21,6 +21,6 @@ check: $(STAMP)  ## style and lint
 # Installed again when the pins change.
 $(STAMP): requirements.txt
 	@echo "installing the pinned packages into $(VENV): a minute or two"
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $(STAMP)

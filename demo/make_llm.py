@@ -29,7 +29,7 @@ from demo.world import imagine
 from llava.constants import IGNORE_INDEX
 from llava.conversation import Piece, conv_templates
 from llava.data.supervision import tokenize_pieces
-from llava.files import write_json
+from llava.files import atomic_folder, write_json
 from llava.tokenization import load_tokenizer
 
 VOCABULARY = 640
@@ -84,7 +84,6 @@ def make_tokenizer(folder: Path, seed: int) -> None:
         eos_id=2,
         pad_id=-1,
     )
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "add_eos_token": False}
@@ -92,7 +91,7 @@ def make_tokenizer(folder: Path, seed: int) -> None:
 
 
 def batches(tokenizer: Any, seed: int, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Ids and labels (size, length), one text a row; every fourth batch holds many short texts instead."""
+    """Ids and labels (size, length), one text a row; one batch in four holds many short texts instead."""
     rng = random.Random(seed)
     while True:
         kind, count = (plain_text, 4 * size) if rng.random() < 1 / 4 else (talk, size)
@@ -121,8 +120,16 @@ def main() -> None:
     args = parser.parse_args()
     began = time.monotonic()
     torch.manual_seed(args.seed)
-    make_tokenizer(args.output_dir, args.seed)
-    tokenizer = load_tokenizer(args.output_dir)
+    torch.set_num_threads(2)  # on every machine: sums depend on their number
+    with atomic_folder(args.output_dir) as folder:
+        make_tokenizer(folder, args.seed)
+        train(args, folder, began)
+    print(f"{args.output_dir}: {time.monotonic() - began:.0f} s")
+
+
+def train(args: argparse.Namespace, folder: Path, began: float) -> None:
+    """Read ``args.steps`` batches and save the model into ``folder``, where the tokenizer is."""
+    tokenizer = load_tokenizer(folder)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
@@ -164,8 +171,8 @@ def main() -> None:
             print(f"step {step}/{args.steps} {said}, {time.monotonic() - began:.0f} s", flush=True)
             right = asked = 0
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    model.half().save_pretrained(args.output_dir)
-    print(f"{args.output_dir}: {model.num_parameters():,} parameters, {time.monotonic() - began:.0f} s")
+    model.half().save_pretrained(folder)
+    print(f"{model.num_parameters():,} parameters")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from demo.things import PLACES, THINGS
 from demo.world import SIZE, imagine, paint
+from llava.files import atomic_folder
 
 CONFIG = {
     "hidden_size": 128,
@@ -110,6 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     began = time.monotonic()
     torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # on every machine: sums depend on their number
     side = CONFIG["image_size"]
     processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     # Painted once and kept: painting costs more than learning from it.
@@ -144,8 +146,9 @@ def main() -> None:
         print(f"epoch {epoch + 1} loss {loss.item():.3f}, {quality(model, held_out)}, ", end="")
         print(f"{time.monotonic() - began:.0f} s", flush=True)
         model.train()
-    model.tower.half().save_pretrained(args.output_dir)
-    processor.save_pretrained(args.output_dir)
+    with atomic_folder(args.output_dir) as folder:
+        model.tower.half().save_pretrained(folder)
+        processor.save_pretrained(folder)
     print(f"{args.output_dir}: {model.tower.num_parameters():,} parameters, {time.monotonic() - began:.0f} s")
 
 

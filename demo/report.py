@@ -170,8 +170,9 @@ def _number(value: float, step: float | None = None) -> str:
 def _note(shown: list[Shown]) -> str:
     turned = sum(parse_answer(one.before) != parse_answer(one.after) for one in shown)
     return (
-        f"After DPO the model answers {turned} of these {len(shown)} questions the other way; the table above counts "
-        "all questions. Answers are read as POPE reads them: no, if the first sentence says no or not; otherwise yes."
+        f"Drawn by lot from the adversarial questions: {turned} that the model answers the other way after DPO, "
+        f"{len(shown) - turned} that it does not. The table above counts all questions. Answers are read as "
+        "POPE reads them: no, if the first sentence says no or not; otherwise yes."
     )
 
 

@@ -89,11 +89,15 @@ def _facts(out: Path, seed: int) -> list[tuple[str, str]]:
     pairs = read_json(out / "ha-dpo/pope_data.json")
     wrong = sum(not pair["correct"] for pair in pairs)
     asked = len(read_labels(out / "world/probe/coco_pope_adversarial.json"))
+    asked_about = len({image for image, _ in read_questions_of(out / "world/pope/coco_pope_random.json").values()})
     described = len(read_json(out / "ha-dpo/desc_data.json"))
     return [
         ("seed", str(seed)),
         ("training pictures", f"{data.TRAINING}, of which {data.TALKED_ABOUT} in the instruction data"),
-        ("test pictures", f"{data.TEST}, never trained on"),
+        (
+            "test pictures",
+            f"{data.TEST}, never trained on; POPE asks about {asked_about}, which show three kinds or more",
+        ),
         ("questions about other training pictures", f"{asked}; {wrong} wrong answers became DPO's yes/no pairs"),
         ("descriptions of training pictures", f"{data.DESCRIBED}, {described} name what is not there"),
         ("machine", f"{card['hardware']['cpus']} cores, {card['hardware']['platform']}, no GPU used"),

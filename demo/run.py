@@ -42,8 +42,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="another world and another run (default: 0)")
     parser.add_argument("--output_dir", type=Path, default=HERE / "out")
     args = parser.parse_args()
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed {args.seed}: expected 0 or more, less than 2**32")
     check_weights()
-    folder, seed = args.output_dir.resolve(), args.seed
+    folder, seed = args.output_dir.expanduser().resolve(), args.seed
     out = shlex.quote(os.path.relpath(folder, HERE.parent))  # in the commands, which run in the repository's root
 
     with Journey(folder, HERE.parent, settings=str(seed)) as journey:

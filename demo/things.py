@@ -1,4 +1,4 @@
-"""Twenty-six kinds of things, drawn with Pillow in unit squares, and the six kinds of places they are seen in."""
+"""Twenty-six kinds of things, drawn with Pillow in unit squares, and the five kinds of places they are seen in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks of an evaluation under torchrun, and one process without it."""
+"""Processes that work together: joining them for an evaluation under torchrun, and leaving them at the end."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def leave_world() -> None:
     """End the process group, if there is one, while the interpreter is whole.
 
     A gloo thread that still holds a tensor when the interpreter ends takes the process down with SIGABRT
-    (pytorch#179291), and the launcher then calls a finished run a failed one.
+    (https://github.com/pytorch/pytorch/pull/179291, not merged): to its launcher a finished run has failed.
     """
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():

@@ -117,7 +117,7 @@ def test_every_answer_is_marked(page):
     assert text(first) == f"Is there a dog in the image? Label no {before} {after}"
     assert text(second).endswith("Label yes Before DPO ✓ right Yes, there is a dog. After DPO ✗ wrong No.")
     assert 'alt="Test picture COCO_val2014_000000000000.jpg"' in first
-    assert "answers 12 of these 12 questions the other way" in text(page())
+    assert "12 that the model answers the other way after DPO, 0 that it does not" in text(page())
 
 
 def test_a_curve_runs_through_its_values_to_its_end(page):

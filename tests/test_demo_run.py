@@ -65,6 +65,63 @@ def test_a_finished_run_is_set_aside(code, tmp_path):
     assert (out / "second").read_text() == (tmp_path / "out.previous/second").read_text() == "ran\n"
 
 
+def test_a_folder_of_the_users_is_left_alone(code, tmp_path):
+    for name in ("mine", "other.previous"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("x")
+    for name in ("mine", "other"):
+        with pytest.raises(UserError, match="holds files of something else; choose another folder"):
+            go(code, tmp_path / name)
+    with pytest.raises(UserError, match="holds the program itself"):
+        go(code, code.parent)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        go(code, tmp_path / "file")
+    assert [(tmp_path / name / "thesis.txt").read_text() for name in ("mine", "other.previous")] == ["x", "x"]
+
+
+def test_a_stale_lock_ends_nobody(code, tmp_path):
+    """The group that an earlier run noted may be another program's by now."""
+    bystander = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    (tmp_path / ".out.lock").write_text(f"999999999 {bystander.pid}")
+    go(code, tmp_path / "out")
+    assert bystander.poll() is None
+    bystander.kill()
+    bystander.wait()
+
+
+def test_what_a_dead_launcher_left_running_is_ended(code, tmp_path):
+    (code / "launcher.py").write_text(
+        "import pathlib, subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "pathlib.Path(sys.argv[1]).write_text(str(child.pid))\n"
+        "sys.exit(3)\n"
+    )
+    with pytest.raises(UserError), Journey(tmp_path / "out", code, "") as journey:
+        journey.run("launch", f"python launcher.py {tmp_path}/child")
+    child = (tmp_path / "child").read_text()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_sigterm_is_one_line(code, tmp_path):
+    script = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nfrom pathlib import Path\n"
+        f"from test_demo_run import go\ngo(Path({str(code)!r}), Path({str(tmp_path / 'out')!r}), '60 0')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out/second").is_file():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    _, said = process.communicate()
+    assert process.returncode == 130
+    assert said.strip() == "interrupted; the same command goes on from here"
+
+
 @pytest.mark.parametrize("change", ["code", "settings"])
 def test_what_another_code_or_seed_made_is_not_used(code, tmp_path, change):
     out = tmp_path / "out"

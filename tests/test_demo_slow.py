@@ -1,8 +1,7 @@
-"""The demo from beginning to end, twice: once in one go, once killed in the middle of a training."""
+"""The demo from beginning to end, twice: once in one go, once killed in the middle of two trainings."""
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from llava.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ["Model", "Set", "HA-DPO", "Accuracy", "Precision", "Recall", "F1 Score", "Yes Ratio (%)"]
@@ -45,17 +46,19 @@ def test_it_hallucinates_less_and_says_the_same_after_a_kill(tmp_path):
     page = (tmp_path / "whole/report.html").read_text(encoding="utf-8")
     assert all(cell in page for row in rows for cell in row) and page.count("data:image/jpeg") == 12
 
-    out = tmp_path / "killed"
-    first = demo(out)
-    deadline = time.monotonic() + 1200
-    while not any((out / "llava").glob("checkpoint-*")):
-        assert time.monotonic() < deadline and first.poll() is None
-        time.sleep(0.2)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    second = finished(demo(out))
-    assert "going on after: the world: pictures, captions, questions, connector training" in second
-    assert '"earlier": [' in (out / "llava/run.json").read_text(encoding="utf-8")  # from its checkpoint
-    assert table_of(second) == [header, *rows]
-    leftover = subprocess.run(["pgrep", "-f", os.fspath(out)], capture_output=True, text=True, check=False)
-    assert leftover.stdout == ""
+    out = tmp_path / "killed twice"
+    for training, end, code in (("llava", signal.SIGKILL, -9), ("llava-ha-dpo", signal.SIGTERM, 130)):
+        process = demo(out)
+        deadline = time.monotonic() + 1200
+        while not any((out / training).glob("checkpoint-*")):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.2)
+        process.send_signal(end)
+        assert process.wait() == code
+    said = finished(demo(out))
+    assert "going on after: the world: pictures, captions, questions, connector training, instruction tuning" in said
+    for training in ("llava", "llava-ha-dpo"):
+        assert len(read_json(out / training / "run.json")["earlier"]) == 1  # from its checkpoint
+    assert table_of(said) == [header, *rows]
+    running = subprocess.run(["pgrep", "-af", "train_(dpo|pretrain).py"], capture_output=True, text=True, check=False)
+    assert out.name not in running.stdout

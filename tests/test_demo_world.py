@@ -48,6 +48,18 @@ def test_things_stand_where_their_boxes_say_and_can_be_seen():
             assert 0 < item.area <= width * height
 
 
+def test_boxes_are_where_the_paint_is():
+    for seed, kind in enumerate(THINGS):
+        alone, nothing = Scene("study", [Item(kind)]), Scene("study")
+        pictures = [np.asarray(paint(scene, random.Random(seed)), dtype=int) for scene in (alone, nothing)]
+        rows, columns = np.nonzero((np.abs(pictures[0] - pictures[1]) > 60).any(axis=2))
+        x, y, width, height = alone.items[0].box
+        found = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        # Parts of a thing may have the colour of what is behind it, so the paint may end before the box does.
+        assert x - 2 <= found[0] and y - 2 <= found[1] and found[2] <= x + width + 2 and found[3] <= y + height + 2
+        assert (found[2] - found[0]) * (found[3] - found[1]) > 0.5 * width * height
+
+
 def test_what_covers_a_thing_leaves_half_of_it(monkeypatch):
     """Every thing is painted alone on the same spot; what is left of it in the crowd is counted."""
     import demo.world as world

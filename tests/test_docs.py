@@ -210,6 +210,7 @@ def test_links_and_table(readme: Path) -> None:
     assert links
     assert all((readme.parent / link.split("#")[0]).exists() for link in links), links
     assert table_header() in text
+    assert not re.search(r"@[A-Z_]+@", text)
 
 
 def test_both_languages_hold_the_same() -> None:
