@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
-import gc
 import os
 import sys
 from typing import NamedTuple
@@ -36,16 +36,20 @@ def join_world() -> World:
 
 
 def leave_world() -> None:
-    """End the process group, if there is one, while the interpreter is whole.
+    """End a finished process that was in a process group; without a group, do nothing.
 
-    A gloo thread that still holds a tensor when the interpreter ends takes the process down with SIGABRT
-    (https://github.com/pytorch/pytorch/pull/179291, not merged): to its launcher a finished run has failed.
+    The interpreter's own end is left out: now and then a gloo thread that still wants the interpreter takes the process
+    down there with SIGABRT (https://github.com/pytorch/pytorch/pull/179291, not merged), also after
+    ``destroy_process_group``, and to its launcher a finished run has failed. What would run at exit runs here.
     """
     dist = sys.modules.get("torch.distributed")
-    if dist is not None and dist.is_available() and dist.is_initialized():
-        gc.collect()  # models and trainers refer to the group in cycles
-        dist.destroy_process_group()
-        gc.collect()
+    if dist is None or not dist.is_available() or not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)
 
 
 _ENVIRONMENT = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))

@@ -55,7 +55,7 @@ def note(message: str) -> None:
 def command_line(main: Callable[[], T]) -> Callable[[], T]:
     """Turn a ``UserError`` raised by a script's ``main`` into one line on stderr and exit code 2.
 
-    A ``main`` that returns leaves its process group here, when its model and its trainer are gone.
+    A ``main`` that returns ends its process here where it was in a process group (``leave_world``).
     """
 
     @functools.wraps(main)
