@@ -9,7 +9,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -176,13 +175,6 @@ class Journey:
         """The next run begins anew."""
         self.progress["finished"] = True
         write_json(self.out / PROGRESS, self.progress)
-
-    @property
-    def port(self) -> int:
-        """A TCP port nobody listens on at the moment."""
-        with socket.socket() as server:
-            server.bind(("127.0.0.1", 0))
-            return server.getsockname()[1]
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -17,6 +17,7 @@ from demo import data, results
 from demo.journey import Journey
 from llava.errors import UserError, command_line
 from llava.files import read_jsonl, sha256
+from llava.train.launch import free_port
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS = HERE / "weights"
@@ -86,7 +87,7 @@ def main() -> None:
         journey.make("preference pairs", folder / "ha-dpo", lambda to: write_preferences(folder, to, seed))
         journey.run(
             "DPO",
-            f"deepspeed --num_gpus 2 --master_port {journey.port} train_dpo.py "
+            f"deepspeed --num_gpus 2 --master_port {free_port()} train_dpo.py "
             f"--deepspeed zero_configs/zero2.json --lora_enable True --lora_r 32 --lora_alpha 64 --mm_projector_lr 0 "
             f"--model_name_or_path {out}/llava --version v1 --vg_path {out}/world/vg "
             f"--desc_data_path {out}/ha-dpo/desc_data.json --pope_data_path {out}/ha-dpo/pope_data.json "

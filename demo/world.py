@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw
 
-from demo.things import PLACES, THINGS, UNINVITED, Colour, Pen, Thing, shade
+from demo.things import PLACES, THINGS, UNINVITED, Pen, Thing, shade
 
 SIZE = 224  # pixels of a picture's side
 OVERSAMPLING = 2  # drawn larger and scaled down: Pillow's shapes have hard edges
 LEAST_VISIBLE = 0.5  # share of every thing that nothing may cover
 HORIZON = 0.45
+CLOUD = (245, 246, 248)
 
 
 @dataclass
@@ -92,7 +93,7 @@ def paint(scene: Scene, rng: random.Random) -> Image.Image:
 
 
 def _spot(thing: Thing, rng: random.Random) -> tuple[float, float]:
-    """Where it is: centre x, and y of its foot (ground) or its centre (air, wall), as shares of the side."""
+    """Where it is: x of its centre and y of its lower edge, as shares of the side."""
     low, high = {"ground": (HORIZON + 0.08, 0.98), "air": (0.12, 0.45), "wall": (0.12, 0.35)}[thing.where]
     return rng.uniform(0.1, 0.9), rng.uniform(low, high)
 
@@ -127,8 +128,7 @@ def _background(place: str, side: int, rng: random.Random) -> Image.Image:
     pen = ImageDraw.Draw(canvas)
     horizon = round(side * (HORIZON + rng.uniform(-0.06, 0.06)))
     pen.rectangle([0, horizon, side, side], fill=below)
-    outdoors = place in ("street", "park", "beach")
-    if outdoors:
+    if place in ("street", "park", "beach"):
         for _ in range(rng.randrange(4)):
             _cloud(pen, rng.uniform(0, side), rng.uniform(0, horizon * 0.6), side * rng.uniform(0.05, 0.12))
     if place == "street":
@@ -159,8 +159,4 @@ def _background(place: str, side: int, rng: random.Random) -> Image.Image:
 def _cloud(pen: ImageDraw.ImageDraw, x: float, y: float, size: float) -> None:
     for i in range(4):
         dx, r = (i - 1.5) * size * 0.8, size * (0.6 + 0.3 * math.sin(i * 1.1))
-        pen.ellipse([x + dx - r, y - r * 0.7, x + dx + r, y + r * 0.7], fill=_white())
-
-
-def _white() -> Colour:
-    return (245, 246, 248)
+        pen.ellipse([x + dx - r, y - r * 0.7, x + dx + r, y + r * 0.7], fill=CLOUD)

@@ -41,7 +41,7 @@ def leave_world() -> None:
     The interpreter's own end is left out: now and then a gloo thread that still wants the interpreter takes the process
     down there with SIGABRT (https://github.com/pytorch/pytorch/pull/179291, not merged), also after
     ``destroy_process_group``, and to its launcher a finished run has failed. What would run at exit runs here; the
-    group's connections close with the process, behind the trainer's last barrier.
+    group's connections close with the process, after its last barrier.
     """
     dist = sys.modules.get("torch.distributed")
     if dist is None or not dist.is_available() or not dist.is_initialized():
