@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava.data.collate import Collator, Example, PreferenceExample
-from llava.train.losses import dpo_loss, row_logps
+from llava.train.losses import dpo_loss
 from llava.train.reference import SharedReference
 from llava.train.trainable import add_lora, switch_on
 
@@ -62,8 +62,8 @@ def recorded_batch(golden, dpo, name):
 
 
 def logps(model, batch):
-    out = model(**batch, logits_at_labels=True, with_loss=False)
-    return row_logps(out.logits, out.labels).chunk(2)
+    scores = model(**batch, score_labels=True).scores
+    return scores.row_sums(scores.logps).chunk(2)
 
 
 @pytest.mark.parametrize("beta", ["0.01", "0.1", "0.5", "1.0"])

@@ -95,13 +95,17 @@ def test_the_tower_gives_the_hidden_state_that_is_asked_for(recorded, loaded, la
     torch.testing.assert_close(seen, torch.tensor(recorded["vision|a_wide_hidden_states"][row]), atol=1e-5, rtol=0)
 
 
-def test_logits_at_labels_are_the_same_logits(recorded, loaded):
+def test_scores_of_labels_are_those_of_the_full_logits(recorded, loaded):
     model, batch = loaded[1], inputs_of(recorded, "b2_mixed_len")
     with torch.no_grad():
         full = model(**batch)
-        few = model(**batch, logits_at_labels=True)
+        few = model(**batch, score_labels=True)
     labelled = full.labels[:, 1:] != IGNORE_INDEX
-    torch.testing.assert_close(few.logits, full.logits[:, :-1][labelled], atol=1e-5, rtol=0)
+    logits, targets = full.logits[:, :-1][labelled], full.labels[:, 1:][labelled]
+    logps = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    torch.testing.assert_close(few.scores.logps, logps, atol=1e-5, rtol=0)
+    torch.testing.assert_close(few.scores.mean_logits, logits.mean(-1), atol=1e-5, rtol=0)
+    assert few.scores.rows.tolist() == labelled.nonzero()[:, 0].tolist()
     assert few.loss.item() == pytest.approx(full.loss.item(), abs=1e-5)
 
 

@@ -23,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import UserError
+from llava.model.decoder import run_layers
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
@@ -41,10 +42,28 @@ class Spliced(NamedTuple):
 
 @dataclass
 class LlavaOutput(CausalLMOutputWithPast):
-    """``labels`` are those of the spliced rows (B, L'); with ``logits_at_labels`` the logits are (n_labels, V), in
-    row-major order of ``labels[:, 1:] != IGNORE_INDEX``."""
+    """``labels`` are those of the spliced rows (B, L').
+
+    With ``score_labels`` there are no logits but ``scores``.
+    """
 
     labels: torch.Tensor | None = None
+    scores: LabelScores | None = None
+
+
+class LabelScores(NamedTuple):
+    """What losses need of a batch of S rows with n labels, and what a second model can take over from the first."""
+
+    logps: torch.Tensor  # (n,) log-probability of every label, float32
+    mean_logits: torch.Tensor  # (n,) mean logit of the position that predicts it; no gradient
+    rows: torch.Tensor  # (n,) which row a label belongs to
+    counts: torch.Tensor  # (S,) labels of every row
+    hidden: torch.Tensor  # (Q, D) last hidden states of the positions that predict
+    features: torch.Tensor | None  # (N, T, D) pictures behind the connector
+
+    def row_sums(self, values: torch.Tensor) -> torch.Tensor:
+        """(n,) -> (S,)."""
+        return values.new_zeros(len(self.counts)).index_add(0, self.rows, values)
 
 
 class LlavaMetaModel:
@@ -206,16 +225,21 @@ class LlavaMetaForCausalLM:
         image_sizes: Any = None,
         image_index: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        logits_at_labels: bool = False,
-        with_loss: bool = True,
+        score_labels: bool = False,
+        rows: dict[str, Any] | None = None,
+        image_features: torch.Tensor | None = None,
+        hidden_at_labels: torch.Tensor | None = None,
         **decoder_kwargs: Any,
     ) -> LlavaOutput:
         """Upstream's forward; see ``llava.data.collate`` for the batch.
 
-        Without ``image_index`` pictures belong to rows in order of their -200. ``logits_at_labels`` runs the head only
-        where the next token is labelled. The loss is the mean over the batch's labels, in float32; a caller with a
-        loss of its own turns it off.
+        Without ``image_index`` pictures belong to rows in order of their -200. The loss is the mean over the batch's
+        labels, in float32. ``score_labels`` runs the head only where the next token is labelled; ``rows``
+        (``llava.data.packing``) does so for trees. What another forward of the same batch has already computed can be
+        passed: ``image_features`` (N, T, D), ``hidden_at_labels`` (Q, D).
         """
+        if rows is not None:
+            return self._score_trees(rows, images, image_features, hidden_at_labels)
         if inputs_embeds is None:
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
                 self.prepare_inputs_labels_for_multimodal(
@@ -232,24 +256,53 @@ class LlavaMetaForCausalLM:
             **decoder_kwargs,
         )
         hidden = outputs.last_hidden_state  # (B, L', D)
-        if logits_at_labels:
-            labelled = labels[:, 1:] != IGNORE_INDEX
-            logits = self.head(hidden[:, :-1][labelled])  # (n_labels, V)
-            loss = label_loss(logits, labels[:, 1:][labelled]) if with_loss else None
-        else:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-            keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else keep
-            logits = self.head(hidden[:, keep])  # (B, L', V)
-            wanted = with_loss and labels is not None
-            loss = label_loss(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()) if wanted else None
+        if score_labels:
+            return self._scored(hidden[:, :-1], labels)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+        keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else keep
+        logits = self.head(hidden[:, keep])  # (B, L', V)
         return LlavaOutput(
-            loss=loss,
+            loss=None if labels is None else label_loss(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()),
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             labels=labels,
         )
+
+    def _score_trees(
+        self,
+        rows: dict[str, Any],
+        images: Images | None,
+        features: torch.Tensor | None,
+        hidden: torch.Tensor | None,
+    ) -> LlavaOutput:
+        """Trees -> scores of their labels, each shared beginning computed once."""
+        if hidden is None:
+            features = self.encode_images(_stack(images)) if features is None else features
+            hidden = run_layers(self.model, self.embed_stream(rows, features), rows)  # (Q, D)
+        logps, mean_logits = self.lm_head(hidden, rows["label_at"], rows["targets"])  # (U,) each
+        index = rows["label_index"]
+        scores = LabelScores(
+            logps[index], mean_logits[index], rows["label_row"], rows["label_counts"], hidden, features
+        )
+        return LlavaOutput(loss=mean_loss(scores.logps), scores=scores)
+
+    def embed_stream(self, rows: dict[str, Any], features: torch.Tensor) -> torch.Tensor:
+        """Ids and features of a stream -> embeddings (T, D)."""
+        ids = rows["input_ids"]
+        words = self.get_input_embeddings()(ids.masked_fill(ids == IMAGE_TOKEN_INDEX, 0))
+        # Without any picture the connector still gets its (zero) gradient, on every rank.
+        return words.index_copy(0, rows["image_at"], features.flatten(0, 1)[rows["feature_index"]].to(words))
+
+    def _scored(self, hidden: torch.Tensor, labels: torch.Tensor) -> LlavaOutput:
+        """Separate rows: hidden (B, L'-1, D), labels (B, L')."""
+        labelled = labels[:, 1:] != IGNORE_INDEX
+        hidden, targets = hidden[labelled], labels[:, 1:][labelled]  # (n, D), (n,)
+        at = torch.arange(len(targets), device=targets.device)
+        logps, mean_logits = self.lm_head(hidden, at, targets)
+        scores = LabelScores(logps, mean_logits, labelled.nonzero()[:, 0], labelled.sum(1), hidden, None)
+        return LlavaOutput(loss=mean_loss(logps), labels=labels, scores=scores)
 
     @torch.no_grad()
     def generate(
@@ -282,6 +335,11 @@ def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean negative log-likelihood in float32: logits (n, V), labels (n,). Zero where nothing is labelled."""
     total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
     return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def mean_loss(logps: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood of labels (n,); zero where there are none."""
+    return -logps.sum() / max(len(logps), 1)
 
 
 def _stack(images: Images) -> torch.Tensor:

@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from llava.model.checkpoint import gathered
+from llava.model.fused import LMHead
 from llava.model.multimodal_projector.builder import build_vision_projector
 
 # A part's place in the model, and an empty module of its shape.
 KEPT: dict[str, tuple[str, Callable[[Any], nn.Module]]] = {
     "projector": ("model.mm_projector", build_vision_projector),
-    "lm_head": ("lm_head", lambda config: nn.Linear(config.hidden_size, config.vocab_size, bias=False)),
+    "lm_head": ("lm_head", lambda config: LMHead(config.hidden_size, config.vocab_size)),
 }
 
 

@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from llava.errors import UserError
 from llava.files import publish
 from llava.run_card import RunCard
-from llava.train.losses import dpo_loss, row_logps, row_mean_logits
+from llava.train.losses import dpo_loss
 from llava.train.reference import Reference
 from llava.train.sampler import ModalityLengthSampler
 from llava.train.saving import load_trained, save_checkpoint
@@ -60,7 +60,7 @@ class LlavaTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        outputs = model(**inputs, logits_at_labels=True, use_cache=False)
+        outputs = model(**inputs, score_labels=True, use_cache=False)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def prediction_step(
@@ -191,15 +191,16 @@ class DPOTrainer(LlavaTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         # ---- one DPO step: rows 0..B-1 are the chosen answers, B..2B-1 the rejected ones ----
-        policy = model(**inputs, logits_at_labels=True, with_loss=False, use_cache=False)
+        policy = model(**inputs, score_labels=True, use_cache=False)
         with self.reference.forward_of(model) as reference_model:
-            reference = reference_model(**inputs, logits_at_labels=True, with_loss=False, use_cache=False)
-        policy_chosen, policy_rejected = row_logps(policy.logits, policy.labels).chunk(2)  # (B,) each
-        reference_chosen, reference_rejected = row_logps(reference.logits, reference.labels).chunk(2)
+            reference = reference_model(**inputs, score_labels=True, use_cache=False).scores
+        scores = policy.scores
+        policy_chosen, policy_rejected = scores.row_sums(scores.logps).chunk(2)  # (B,) each
+        reference_chosen, reference_rejected = reference.row_sums(reference.logps).chunk(2)
         loss = dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, self.beta)
         # -------------------------------------------------------------------------------------
-        sums, counts = row_mean_logits(policy.logits, policy.labels)
-        (chosen_sum, rejected_sum), (chosen_count, rejected_count) = sums.chunk(2), counts.chunk(2)
+        chosen_sum, rejected_sum = scores.row_sums(scores.mean_logits).chunk(2)
+        chosen_count, rejected_count = scores.counts.chunk(2)
         margins = loss.chosen_rewards - loss.rejected_rewards
         pairs = torch.ones_like(margins)
         self._add(

@@ -1,0 +1,151 @@
+"""A Llama-type decoder over a stream of trees (``llava.data.packing``): no padding, nothing computed twice.
+
+The weights are those of transformers' layers and their modules are called one by one (so that LoRA, ZeRO-3's gathering
+and quantization act as usual); what is different is the attention, which knows trees, and the last layer, which runs
+only where a label is predicted: behind its keys and values nobody looks at the other positions again.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.models.llama.modeling_llama import rotate_half
+
+from llava.model.fused import LoraLinear, SwiGLU
+
+
+def why_not(config: Any) -> str | None:
+    """What keeps a model from computing trees, or None."""
+    kernel = getattr(config, "_attn_implementation", None) or "sdpa"
+    if kernel != "sdpa":
+        return f"attn_implementation {kernel} takes no mask of trees (sdpa does)"
+    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
+        return "the model attends within a sliding window"
+    return None
+
+
+class Block(NamedTuple):
+    """Queries (so many, following those of the block before) that look at the first ``keys`` tokens of their tree."""
+
+    queries: int
+    keys: int
+    mask: torch.Tensor | None  # (queries, keys) bool; None: causal, queries and keys being the same tokens
+
+
+class Attention(NamedTuple):
+    """Who sees whom: for every tree its length and its blocks."""
+
+    lengths: list[int]
+    blocks: list[list[Block]]
+
+
+def sees(queries: torch.Tensor, start: int, end: int, subtree_end: torch.Tensor) -> torch.Tensor:
+    """Mask (n, end - start): which tokens of a tree are ancestors of the tokens at ``queries`` (n,), or these."""
+    keys = torch.arange(start, end, device=queries.device)
+    return (keys <= queries[:, None]) & (queries[:, None] < subtree_end[start:end])
+
+
+def full_attention(rows: dict[str, Any]) -> Attention:
+    """Every token asks. A trunk is causal (the kernel skips what lies above the diagonal), its branches need a mask."""
+    lengths, blocks = [], []
+    for start, trunk_end, end, _ in rows["trees"]:
+        lengths.append(end - start)
+        trunk = Block(trunk_end - start, trunk_end - start, None)
+        branches = torch.arange(trunk_end, end, device=rows["subtree_end"].device)
+        mask = sees(branches, start, end, rows["subtree_end"])
+        blocks.append([b for b in (trunk, Block(end - trunk_end, end - start, mask)) if b.queries])
+    return Attention(lengths, blocks)
+
+
+def label_attention(rows: dict[str, Any]) -> Attention:
+    """Only positions that predict a label ask."""
+    lengths, blocks = [], []
+    of_trees = rows["queries"].split([tree[3] for tree in rows["trees"]])
+    for (start, _, end, _), queries in zip(rows["trees"], of_trees, strict=True):
+        lengths.append(end - start)
+        mask = sees(queries, start, end, rows["subtree_end"])
+        blocks.append([Block(len(queries), end - start, mask)] if len(queries) else [])
+    return Attention(lengths, blocks)
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention, dropout: float = 0.0
+) -> torch.Tensor:
+    """q (Q, H, d), k and v (T, H', d) -> (Q, H, d)."""
+    if k.shape[1] != q.shape[1]:  # grouped queries; the masked kernels want one key head for each
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    # split, and not slices: its backward is one concatenation instead of a zero-filled copy a slice.
+    asking = iter(q.split([block.queries for blocks in attention.blocks for block in blocks]))
+    seen = []
+    for keys, values, blocks in zip(
+        k.split(attention.lengths), v.split(attention.lengths), attention.blocks, strict=True
+    ):
+        for block in blocks:
+            heads_first = (x.transpose(0, 1)[None] for x in (next(asking), keys[: block.keys], values[: block.keys]))
+            out = F.scaled_dot_product_attention(
+                *heads_first, attn_mask=block.mask, dropout_p=dropout, is_causal=block.mask is None
+            )
+            seen.append(out[0].transpose(0, 1))
+    return torch.cat(seen)
+
+
+def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``layer(x)``; a plain LoRA layer in one go, without a full-size temporary for its two extra products."""
+    adapter = LoraLinear.adapter_of(layer)
+    return layer(x) if adapter is None else LoraLinear.apply(x, *adapter)
+
+
+class Rope(NamedTuple):
+    """Rotary embedding (arXiv:2104.09864) of a stream: (T, d) each."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def at(self, index: torch.Tensor) -> Rope:
+        return Rope(self.cos[index], self.sin[index])
+
+    def turn(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, H, d) -> (T, H, d)."""
+        return x * self.cos[:, None] + rotate_half(x) * self.sin[:, None]
+
+
+def decoder_layer(
+    layer: nn.Module, x: torch.Tensor, rope: Rope, attention: Attention, queries: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One layer: (T, D) -> (T, D), or (Q, D) at the positions ``queries`` (Q,) alone."""
+    attn, mlp = layer.self_attn, layer.mlp
+    normed = layer.input_layernorm(x)
+    k = rope.turn(project(attn.k_proj, normed).unflatten(-1, (-1, attn.head_dim)))  # (T, H', d)
+    v = project(attn.v_proj, normed).unflatten(-1, (-1, attn.head_dim))  # (T, H', d)
+    if queries is not None:
+        x, normed, rope = x[queries], normed[queries], rope.at(queries)
+    q = rope.turn(project(attn.q_proj, normed).unflatten(-1, (-1, attn.head_dim)))  # (Q, H, d)
+    seen = attend(q, k, v, attention, attn.attention_dropout if layer.training else 0.0)
+    x = x + project(attn.o_proj, seen.flatten(1))  # (Q, D)
+    normed = layer.post_attention_layernorm(x)
+    gate, up = project(mlp.gate_proj, normed), project(mlp.up_proj, normed)
+    inner = SwiGLU.apply(gate, up) if mlp.config.hidden_act == "silu" else mlp.act_fn(gate) * up
+    return x + project(mlp.down_proj, inner)
+
+
+def run_layers(decoder: nn.Module, x: torch.Tensor, rows: dict[str, Any]) -> torch.Tensor:
+    """Embeddings of a stream (T, D) -> normed hidden states of the positions that predict, (Q, D)."""
+    cos, sin = decoder.rotary_emb(x, rows["position_ids"][None])
+    rope, attention = Rope(cos[0], sin[0]), full_attention(rows)
+    *layers, last = decoder.layers[: decoder.config.num_hidden_layers]
+    for layer in layers:
+        x = _checkpointed(layer, x, rope, attention)
+    x = _checkpointed(last, x, rope, label_attention(rows), rows["queries"])
+    return decoder.norm(x)
+
+
+def _checkpointed(layer: nn.Module, x: torch.Tensor, *args: Any) -> torch.Tensor:
+    """``decoder_layer``, its activations recomputed in the backward pass where gradient checkpointing is on."""
+    run = functools.partial(decoder_layer, layer)
+    if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
+        return layer._gradient_checkpointing_func(run, x, *args)
+    return run(x, *args)
