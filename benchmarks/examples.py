@@ -1,0 +1,102 @@
+"""Random conversations of realistic lengths, as the batches of either side.
+
+Ids are drawn, so that no tokenizer has a say: both sides get the same tokens.
+"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from benchmarks.models import BOS, EOS, PAD, Geometry, expand_images
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.data.collate import Batch, Collator, Example, PreferenceExample
+
+# BOS, system prompt and "USER: " of the v1 template come before the picture.
+BEFORE_IMAGE = 37
+
+
+class Writer:
+    """Draws examples of the given lengths (in tokens, inclusive ranges)."""
+
+    def __init__(self, geometry: Geometry, seed: int = 0) -> None:
+        self.geometry = geometry
+        self.random = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.before = [BOS, *self.words(BEFORE_IMAGE - 1)]
+        self.pictures = 0
+
+    def words(self, length: int | tuple[int, int]) -> list[int]:
+        length = length if isinstance(length, int) else self.random.randint(*length)
+        return [self.random.randrange(EOS + 1, self.geometry.image_token) for _ in range(length)]
+
+    def picture(self) -> dict[str, torch.Tensor]:
+        """A new picture's path and pixels, normalised as CLIP's are."""
+        self.pictures += 1
+        size = self.geometry.image_size
+        return {f"{self.pictures}.jpg": torch.randn(3, size, size, generator=self.generator)}
+
+    def example(self, prompt: list[int], answer: list[int], image: dict[str, torch.Tensor]) -> Example:
+        return Example(prompt + answer, [IGNORE_INDEX] * len(prompt) + answer, tuple(image), image)
+
+    def pair(
+        self,
+        question: int | tuple[int, int] = 21,
+        answer: int | tuple[int, int] = (60, 100),
+        image: dict[str, torch.Tensor] | None = None,
+    ) -> PreferenceExample:
+        """Template, picture, question, and two answers that end with EOS."""
+        image = image or self.picture()
+        prompt = [*self.before, IMAGE_TOKEN_INDEX, *self.words(question)]
+        return PreferenceExample(
+            *(self.example(prompt, [*self.words(answer)[:-1], EOS], image) for _ in ("chosen", "rejected"))
+        )
+
+    def caption(self, length: tuple[int, int] = (20, 40)) -> Example:
+        """Template ``plain``: BOS, picture, caption, EOS."""
+        return self.example([BOS, IMAGE_TOKEN_INDEX], [*self.words(length)[:-1], EOS], self.picture())
+
+
+def descriptions(geometry: Geometry, pairs: int, seed: int) -> list[PreferenceExample]:
+    """HA-DPO's ``desc`` pairs: a 58-token prompt around the picture, answers of 60 to 100 tokens."""
+    writer = Writer(geometry, seed)
+    return [writer.pair() for _ in range(pairs)]
+
+
+def questions(geometry: Geometry, pairs: int, seed: int, per_image: int = 4) -> list[PreferenceExample]:
+    """HA-DPO's ``pope`` pairs: short questions, ``per_image`` about every picture, and short answers."""
+    writer = Writer(geometry, seed)
+    image: dict[str, torch.Tensor] = {}
+    examples = []
+    for number in range(pairs):
+        image = image if number % per_image else writer.picture()
+        examples.append(writer.pair((12, 16), (5, 12), image))
+    return examples
+
+
+def our_batch(examples: list[Example] | list[PreferenceExample]) -> Batch:
+    """As the training scripts collate."""
+    return Collator(PAD, None, lambda: torch.zeros(0))(examples)
+
+
+def hf_batch(examples: list[Example] | list[PreferenceExample], geometry: Geometry) -> dict[str, torch.Tensor]:
+    """Rows with every picture's tokens, padded on the right; every row brings its own pixels.
+
+    Preference pairs become the chosen rows, then the rejected ones.
+    """
+    rows = [e.chosen if isinstance(e, PreferenceExample) else e for e in examples]
+    rows += [e.rejected for e in examples if isinstance(e, PreferenceExample)]
+    ids = [torch.tensor(expand_images(row.input_ids, geometry)) for row in rows]
+    answers = [sum(label != IGNORE_INDEX for label in row.labels) for row in rows]
+    labels = [
+        torch.where(torch.arange(len(i)) < len(i) - n, IGNORE_INDEX, i) for i, n in zip(ids, answers, strict=True)
+    ]
+    lengths = torch.tensor([len(i) for i in ids])
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=PAD),
+        "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+        "pixel_values": torch.stack([row.images[path] for row in rows for path in row.image_paths]),
+    }
