@@ -9,6 +9,8 @@ Runs the same under plain ``python``, ``torchrun`` and ``deepspeed``, with and w
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from llava.errors import command_line
 from llava.train.launch import prepare_processes
 
@@ -22,7 +24,9 @@ def main() -> None:
     from llava.run_card import RunCard
     from llava.train.arguments import DPOTrainingArguments, ModelArguments, PreferenceArguments, as_dict, parse
     from llava.train.build import check_resumed, collator, example_builder, plan_model
+    from llava.train.caches import feature_folder
     from llava.train.reference import choose_reference
+    from llava.train.reference_cache import ReferenceCache, reference_key
     from llava.train.trainable import add_lora, choose_parts, switch_on, table
     from llava.train.trainer import DPOTrainer, checkpoint_to_resume
 
@@ -48,7 +52,11 @@ def main() -> None:
     policy = plan.load()
     if "lora" in parts:
         policy = add_lora(policy, train_args)
-    reference = choose_reference(policy, parts, load_again=plan.load)
+    reference = choose_reference(policy, parts, plan.load, train_args.reference)
+    cache = None
+    if train_args.reference == "cache":
+        folder = Path(train_args.output_dir).absolute().parent / "reference_cache"
+        cache = ReferenceCache(train_args.reference_cache, folder, reference_key(plan, model_args.version))
     switch_on(policy, parts)
     if first:
         card.write(resumed=checkpoint is not None)
@@ -60,11 +68,13 @@ def main() -> None:
         parts,
         pairs,
         held_out,
-        collator(plan),
+        collator(plan, builder, train_args),
         plan.tokenizer,
         plan.image_processor,
+        feature_folder(train_args.feature_cache, plan, parts),
         reference=reference,
         beta=train_args.beta,
+        cache=cache,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.finish(card)

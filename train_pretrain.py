@@ -24,6 +24,7 @@ def main() -> None:
     from llava.run_card import RunCard
     from llava.train.arguments import CaptionArguments, ModelArguments, PretrainTrainingArguments, as_dict, parse
     from llava.train.build import check_resumed, collator, example_builder, plan_model
+    from llava.train.caches import feature_folder
     from llava.train.trainable import add_lora, choose_parts, switch_on, table
     from llava.train.trainer import LlavaTrainer, checkpoint_to_resume
 
@@ -54,7 +55,15 @@ def main() -> None:
         print(table(model, train_args.learning_rate, train_args.mm_projector_lr), flush=True)
 
     trainer = LlavaTrainer(
-        model, train_args, parts, captions, held_out, collator(plan), plan.tokenizer, plan.image_processor
+        model,
+        train_args,
+        parts,
+        captions,
+        held_out,
+        collator(plan, builder, train_args),
+        plan.tokenizer,
+        plan.image_processor,
+        feature_folder(train_args.feature_cache, plan, parts),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.finish(card)

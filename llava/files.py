@@ -84,6 +84,16 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]
     return rows
 
 
+def whole_lines(path: Path) -> Iterator[Any]:
+    """JSON lines of a file that grows, up to the first line that was cut off."""
+    # Split at "\n" alone: a text may hold U+2028, at which str.splitlines would cut it in two.
+    for line in path.read_bytes().decode(errors="replace").split("\n")[:-1]:
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
 def read_records(path: str | os.PathLike[str]) -> list[tuple[str, dict[str, Any]]]:
     """A JSON list of objects, or JSON lines of them, as ``(where, record)``; ``where`` names a record in messages.
 

@@ -51,10 +51,15 @@ def expand2square(image: Image.Image, background: tuple[int, int, int]) -> Image
     return square
 
 
+def pad_to_square(image: Image.Image, image_processor: Any) -> Image.Image:
+    """All of the picture, on a square of the processor's mean colour."""
+    return expand2square(image, tuple(int(x * 255) for x in image_processor.image_mean))
+
+
 def preprocess_image(image: Image.Image, image_processor: Any, image_aspect_ratio: str | None = None) -> torch.Tensor:
     """One RGB picture -> (3, H, W) float32: with 'pad' all of it on a square of the mean colour, else CLIP's crop."""
     if image_aspect_ratio == "pad":
-        image = expand2square(image, tuple(int(x * 255) for x in image_processor.image_mean))
+        image = pad_to_square(image, image_processor)
     return image_processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
 
 

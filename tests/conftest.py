@@ -55,6 +55,14 @@ def run_script(monkeypatch, capsys, tmp_path):
     return run
 
 
+def pixel_values(loader, picture):
+    """A loader's bytes (3, H, W) and what they mean, put together as the model does."""
+    import torch
+
+    assert picture.dtype == torch.uint8
+    return torch.stack([values[bytes_.long()] for values, bytes_ in zip(loader.levels(), picture, strict=True)])
+
+
 def draw_picture(path: Path, seed: str) -> None:
     """A small picture that stands in for a photograph, the same for the same seed."""
     from PIL import Image, ImageDraw

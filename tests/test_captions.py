@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import draw_picture
+from conftest import draw_picture, pixel_values
 
 from llava.conversation import template
 from llava.data.captions import Captions
@@ -57,7 +57,7 @@ def test_upstreams_pretraining_file_gives_the_recorded_ids_labels_and_pixels(gol
         assert example.labels == labels[index, :length].tolist()
         assert not ids[index, length:].any()  # padding
         (picture,) = example.images.values()
-        assert np.abs(picture.numpy() - pixels[index]).max() <= 1e-6
+        assert np.abs(pixel_values(captions.builder.load_image, picture).numpy() - pixels[index]).max() <= 1e-6
 
 
 def test_pictures_are_found_below_the_image_folder(golden, builder):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import draw_picture
+from conftest import draw_picture, pixel_values
 from PIL import Image
 
+from llava.data import images
 from llava.data.images import ImageLoader, drop_missing, join, missing_files, open_image
 from llava.errors import UserError
-from llava.mm_utils import expand2square, process_images
+from llava.mm_utils import expand2square, preprocess_image, process_images
 from llava.model.builder import load_image_processor
 
 PICTURES = [
@@ -40,8 +41,11 @@ def processor(golden):
 @pytest.mark.parametrize("aspect", ["pad", "square"])
 @pytest.mark.parametrize("name", PICTURES)
 def test_pixel_values_are_the_recorded_ones(golden, processor, recorded, name, aspect):
-    pixels = ImageLoader(processor, aspect)(str(golden / "images" / name), "record 0")
+    loader = ImageLoader(processor, aspect)
+    pixels = pixel_values(loader, loader(str(golden / "images" / name), "record 0"))
     assert pixels.dtype == torch.float32
+    whole = preprocess_image(open_image(golden / "images" / name), processor, aspect)
+    assert torch.equal(pixels, whole)  # to the bit
     assert pixels.shape == (3, 56, 56)
     assert np.abs(pixels.numpy() - recorded[f"{name}|{aspect}"]).max() <= 1e-6
 
@@ -56,7 +60,8 @@ def test_pixel_values_at_the_released_models_size(golden, recorded, name):
     from transformers import CLIPImageProcessorPil
 
     processor = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
-    pixels = ImageLoader(processor, "pad")(str(golden / "images" / name), "record 0")
+    loader = ImageLoader(processor, "pad")
+    pixels = pixel_values(loader, loader(str(golden / "images" / name), "record 0"))
     assert np.abs(pixels.numpy() - recorded[f"{name}|pad336"]).max() <= 1e-6
 
 
@@ -80,6 +85,19 @@ def test_the_blank_picture_has_the_processors_size(processor):
     blank = ImageLoader(processor, "pad").blank()
     assert blank.shape == (3, 56, 56)
     assert not blank.any()
+
+
+def test_a_picture_is_decoded_once_while_it_is_remembered(golden, processor, monkeypatch):
+    opened = []
+    monkeypatch.setattr(images, "open_image", lambda path, where: opened.append(path) or open_image(path, where))
+    loader = ImageLoader(processor, "pad")
+    loader.KEPT = 2 * 3 * 56 * 56  # two pictures
+    paths = [str(golden / "images" / name) for name in PICTURES[:3]]
+    first = loader(paths[0], "")
+    assert torch.equal(loader(paths[0], ""), first)
+    for path in (paths[1], paths[0], paths[2], paths[0], paths[1]):
+        loader(path, "")
+    assert opened == [paths[0], paths[1], paths[2], paths[1]]  # the least recently used one goes
 
 
 def test_a_truncated_picture_is_named_with_its_record_and_the_mend(golden, tmp_path):

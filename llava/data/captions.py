@@ -55,6 +55,11 @@ class Captions(SkippingDataset[Example]):
         return self.builder.example(where, ids, labels, paths)
 
     @property
+    def picture_paths(self) -> list[str]:
+        """Every record's pictures, behind each other."""
+        return [path for _, record in self.records for path in self._paths(record)]
+
+    @property
     def modality_lengths(self) -> list[int]:
         """Words per record, negative where it has no picture: what upstream groups batches by."""
         lengths = []

@@ -3,25 +3,35 @@
     input_ids       (B, L)       LongTensor   right-padded; IMAGE_TOKEN_INDEX (-200) stands for one image
     labels          (B, L)       LongTensor   IGNORE_INDEX (-100) where nothing is learned
     attention_mask  (B, L)       BoolTensor   False on padding
-    images          (N, 3, H, W) FloatTensor  every distinct picture once
+    images          (N, 3, H, W) ByteTensor   every distinct picture once, as bytes
+    pixel_levels    (3, 256)     FloatTensor  pixel value of each byte, by channel
     image_index     (B, K)       LongTensor   row b's k-th image is images[image_index[b, k]]; -1 where it has fewer
+
+``images`` may be float pixel values themselves, without ``pixel_levels``; pictures whose features are kept on disk come
+as ``vision_features`` (N, T, D) instead.
 
 Rows without a picture point to none. A batch without any picture carries one blank image that no row points to, so
 that every rank runs the vision tower and the connector in every step (ZeRO-3 and DDP would wait for it).
 
 A preference batch has the same keys: rows 0..B-1 hold the chosen answers, rows B..2B-1 the rejected ones, in the same
-order and pointing to the same pictures.
+order and pointing to the same pictures. Where the reference's log-probabilities are known it also has
+
+    reference_logps (2B,)        FloatTensor  in the order of the rows
+    pairs           (B,)         LongTensor   which pairs of the data set these are
+
+``PackingCollator`` puts ``rows`` (``llava.data.packing.PackedRows``) in place of the first three and ``image_index``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.data.packing import pack_batch
 
 
 class Example(NamedTuple):
@@ -34,20 +44,26 @@ class Example(NamedTuple):
 
 
 class PreferenceExample(NamedTuple):
-    """A chosen and a rejected row for the same prompt and pictures."""
+    """A chosen and a rejected row for the same prompt and pictures, and what the reference says of them, if known."""
 
     chosen: Example
     rejected: Example
+    number: int = -1
+    reference_logps: tuple[float, float] | None = None
 
 
-class Batch(TypedDict):
+class Batch(TypedDict, total=False):
     """See the module's docstring."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     attention_mask: torch.Tensor
     images: torch.Tensor
+    pixel_levels: torch.Tensor
+    vision_features: torch.Tensor
     image_index: torch.Tensor
+    reference_logps: torch.Tensor
+    pairs: torch.Tensor
 
 
 class Collator:
@@ -55,14 +71,20 @@ class Collator:
 
     ``pad_token_id`` fills ``input_ids``; it is never looked at, since the mask comes from the lengths. Ids are cut to
     ``model_max_length`` first, as upstream's collator does; the model cuts again once the images are spliced in.
+    ``pixel_levels`` belong to pictures that are bytes.
     """
 
     def __init__(
-        self, pad_token_id: int | None, model_max_length: int | None, blank_image: Callable[[], torch.Tensor]
+        self,
+        pad_token_id: int | None,
+        model_max_length: int | None,
+        blank_image: Callable[[], torch.Tensor],
+        pixel_levels: torch.Tensor | None = None,
     ) -> None:
         self.pad_token_id = pad_token_id or 0
         self.model_max_length = model_max_length
         self.blank_image = blank_image
+        self.pixel_levels = pixel_levels
 
     def __call__(self, examples: Sequence[Example | PreferenceExample]) -> Batch:
         rows = [e.chosen if isinstance(e, PreferenceExample) else e for e in examples]
@@ -73,13 +95,25 @@ class Collator:
         # A cut that loses an <image> loses its picture too.
         paths = [row.image_paths[: int((i == IMAGE_TOKEN_INDEX).sum())] for row, i in zip(rows, ids, strict=True)]
         images, image_index = self._images(rows, paths)
-        return Batch(
+        batch = Batch(
             input_ids=pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
             labels=pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
             attention_mask=torch.arange(int(lengths.max())) < lengths[:, None],
-            images=images,
             image_index=image_index,
         )
+        if images.ndim == 3:
+            batch["vision_features"] = images
+        else:
+            batch["images"] = images
+            if self.pixel_levels is not None and images.dtype == torch.uint8:
+                batch["pixel_levels"] = self.pixel_levels
+        pairs = [e for e in examples if isinstance(e, PreferenceExample)]
+        if pairs and all(pair.number >= 0 for pair in pairs):
+            batch["pairs"] = torch.tensor([pair.number for pair in pairs])
+        known = [pair.reference_logps for pair in pairs if pair.reference_logps is not None]
+        if known and len(known) == len(pairs):
+            batch["reference_logps"] = torch.tensor([sides[side] for side in (0, 1) for sides in known])
+        return batch
 
     def _images(
         self, rows: Sequence[Example], paths_of: Sequence[tuple[str, ...]]
@@ -94,3 +128,17 @@ class Collator:
                     pixels.append(row.images[path])
                 index[row_number, position] = slots[path]
         return torch.stack(pixels or [self.blank_image()]), index
+
+
+class PackingCollator(Collator):
+    """``Collator`` whose rows share their beginnings (``llava.data.packing``); ``tokens_per_image`` is the model's."""
+
+    def __init__(self, *args: Any, tokens_per_image: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.tokens_per_image = tokens_per_image
+
+    def __call__(self, examples: Sequence[Example | PreferenceExample]) -> dict[str, Any]:
+        batch = super().__call__(examples)
+        rows = pack_batch(batch, self.tokens_per_image, self.model_max_length)
+        packed = ("input_ids", "labels", "attention_mask", "image_index")
+        return {"rows": rows, **{key: value for key, value in batch.items() if key not in packed}}

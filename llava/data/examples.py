@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
 from llava.data.collate import Example
-from llava.data.images import ImageLoader
 from llava.data.supervision import fill_template, tokenize_pieces
 from llava.errors import BrokenImage, UserError, warn
 
@@ -29,7 +29,7 @@ class ExampleBuilder:
 
     tokenizer: PreTrainedTokenizerBase
     template: Conversation
-    load_image: ImageLoader
+    load_image: Callable[[str, str], torch.Tensor]  # (path, where) -> a picture
     tokens_per_image: int
     max_length: int | None
     vocab_size: int

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from safetensors.torch import load_file
 
 from llava.errors import BrokenImage, UserError, warn
-from llava.mm_utils import preprocess_image
+from llava.mm_utils import pad_to_square
 
 SHOWN = 5  # how many missing files a message names
 
@@ -80,19 +82,53 @@ def drop_missing(
 
 
 class ImageLoader:
-    """Path -> pixel values (3, H, W), with the model's processor and aspect ratio."""
+    """Path -> the picture as the model's processor crops it, (3, H, W) uint8.
+
+    Bytes travel to the device; ``levels`` says what each means there. Pictures used a moment ago (by another pair of
+    the batch, or on a small set in the last epoch) are not decoded again.
+    """
+
+    KEPT = 256 * 2**20  # bytes of pictures a process remembers
 
     def __init__(self, image_processor: Any, image_aspect_ratio: str | None) -> None:
         self.image_processor = image_processor
         self.image_aspect_ratio = image_aspect_ratio
+        self._recent: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._features: dict[str, str] = {}
+
+    def use_features(self, files: dict[str, str]) -> None:
+        """From now on give what the tower saw, (T, D), for the pictures with a file of it."""
+        self._features = files
+        self._recent.clear()
 
     def __call__(self, path: str, where: str) -> torch.Tensor:
-        return preprocess_image(open_image(path, where), self.image_processor, self.image_aspect_ratio)
+        if path in self._features:
+            return load_file(self._features[path])["features"]
+        if path in self._recent:
+            self._recent.move_to_end(path)
+            return self._recent[path]
+        picture = open_image(path, where)
+        if self.image_aspect_ratio == "pad":
+            picture = pad_to_square(picture, self.image_processor)
+        as_bytes = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+        pixels = self.image_processor.preprocess(picture, **as_bytes)["pixel_values"][0]
+        self._recent[path] = pixels
+        while len(self._recent) * pixels.nbytes > self.KEPT:
+            self._recent.popitem(last=False)
+        return pixels
+
+    def levels(self) -> torch.Tensor:
+        """What the processor makes of each byte, by channel, to the bit: (3, 256) float32."""
+        ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
+        untouched = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
+        return self.image_processor.preprocess(Image.fromarray(ramp), **untouched)["pixel_values"][0, :, 0]
 
     def blank(self) -> torch.Tensor:
-        """What stands in for a picture where a batch has none, (3, H, W)."""
+        """What stands in for a picture where a batch has none, (3, H, W); in place of features, (T, D)."""
+        if self._features:
+            return torch.zeros_like(load_file(next(iter(self._features.values())))["features"])
         size = self.image_processor.crop_size
-        return torch.zeros(3, size["height"], size["width"])
+        return torch.zeros(3, size["height"], size["width"], dtype=torch.uint8)
 
 
 def join(folder: str | os.PathLike[str] | None, name: str) -> str:

@@ -125,7 +125,7 @@ def _grow(
 ) -> int:
     """Write one tree, branch by branch, depth first; returns where its trunk ends."""
     trunk_end = None
-    # (rows that still agree, symbols read, tokens above, their stream positions, how many of them a finished node closes)
+    # A branch to write: its rows, symbols read, tokens above, their positions. A range: tokens whose subtree ends here.
     pending: list[tuple[list[int], int, int, list[int]] | range] = [(members, 0, 0, [])]
     while pending:
         node = pending.pop()

@@ -11,6 +11,8 @@ import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.collate import PreferenceExample
 from llava.data.examples import ExampleBuilder, SkippingDataset
@@ -181,6 +183,7 @@ class PreferencePairs(SkippingDataset[PreferenceExample]):
         distinct = dict.fromkeys(self.pairs)  # HA-DPO lists every description twice
         rows = {pair: (self._row(pair, "chosen"), self._row(pair, "rejected")) for pair in distinct}
         self._rows = [rows[pair] for pair in self.pairs]
+        self._logps: torch.Tensor | None = None  # (pairs, 2) of the reference, where they are known
 
     def _row(self, pair: Pair, side: str) -> tuple[list[int], list[int]]:
         answer = getattr(pair, side)
@@ -198,7 +201,22 @@ class PreferencePairs(SkippingDataset[PreferenceExample]):
     def make(self, index: int) -> PreferenceExample:
         pair, (chosen, rejected) = self.pairs[index], self._rows[index]
         row = self.builder.example(pair.where, *chosen, [pair.image])
-        return PreferenceExample(row, row._replace(input_ids=rejected[0], labels=rejected[1]))
+        known = None if self._logps is None else tuple(self._logps[index].tolist())
+        return PreferenceExample(row, row._replace(input_ids=rejected[0], labels=rejected[1]), index, known)
+
+    def remember_reference(self, logps: torch.Tensor) -> None:
+        """The reference's log-probabilities of all pairs, (pairs, 2): chosen, rejected."""
+        self._logps = logps
+
+    @property
+    def picture_paths(self) -> list[str]:
+        """The picture of every pair."""
+        return [pair.image for pair in self.pairs]
+
+    @property
+    def contents(self) -> list[tuple[tuple[list[int], list[int]], tuple[list[int], list[int]], str]]:
+        """What decides a pair's numbers: ids and labels of the chosen and the rejected row, path of the picture."""
+        return [(*rows, pair.image) for rows, pair in zip(self._rows, self.pairs, strict=True)]
 
     @property
     def modality_lengths(self) -> list[int]:

@@ -235,6 +235,17 @@ def write_model_weights(folder: Path, state: State, max_shard_size: str = "5GB")
     return list(plan.filename_to_tensors)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that ``read_model_weights`` reads, in a fixed order; none where there are none."""
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return [folder / shard for shard in sorted(set(read_object(index).get("weight_map", {}).values()))]
+    return []
+
+
 def fingerprint(path: str) -> list[list[Any]] | str:
     """Name, size and time of a folder's weight files (cheap, and different after any training); a hub id itself."""
     folder = Path(path).expanduser()

@@ -8,6 +8,7 @@ only where a label is predicted: behind its keys and values nobody looks at the 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +19,13 @@ from transformers.models.llama.modeling_llama import rotate_half
 from llava.model.fused import LoraLinear, SwiGLU
 
 
-def why_not(config: Any) -> str | None:
-    """What keeps a model from computing trees, or None."""
-    kernel = getattr(config, "_attn_implementation", None) or "sdpa"
+def why_not(config: Any, attn_implementation: str | None = None) -> str | None:
+    """What keeps a model of ``config`` from computing trees, or None; the kernel is a loaded model's own, or given."""
+    kernel = attn_implementation or getattr(config, "_attn_implementation", None) or "sdpa"
     if kernel != "sdpa":
         return f"attn_implementation {kernel} takes no mask of trees (sdpa does)"
-    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
+    windowed = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
+    if windowed or getattr(config, "use_sliding_window", False):
         return "the model attends within a sliding window"
     return None
 
@@ -114,9 +116,17 @@ class Rope(NamedTuple):
 
 
 def decoder_layer(
-    layer: nn.Module, x: torch.Tensor, rope: Rope, attention: Attention, queries: torch.Tensor | None = None
+    layer: nn.Module,
+    x: torch.Tensor,
+    rope: Rope,
+    attention: Attention | None,
+    queries: torch.Tensor | None = None,
+    look: Callable[..., torch.Tensor] = attend,
 ) -> torch.Tensor:
-    """One layer: (T, D) -> (T, D), or (Q, D) at the positions ``queries`` (Q,) alone."""
+    """One layer: (T, D) -> (T, D), or (Q, D) at the positions ``queries`` (Q,) alone.
+
+    ``look`` stands in for ``attend``: a generation keeps the keys and values that pass there.
+    """
     attn, mlp = layer.self_attn, layer.mlp
     normed = layer.input_layernorm(x)
     k = rope.turn(project(attn.k_proj, normed).unflatten(-1, (-1, attn.head_dim)))  # (T, H', d)
@@ -124,7 +134,7 @@ def decoder_layer(
     if queries is not None:
         x, normed, rope = x[queries], normed[queries], rope.at(queries)
     q = rope.turn(project(attn.q_proj, normed).unflatten(-1, (-1, attn.head_dim)))  # (Q, H, d)
-    seen = attend(q, k, v, attention, attn.attention_dropout if layer.training else 0.0)
+    seen = look(q, k, v, attention, attn.attention_dropout if layer.training else 0.0)
     x = x + project(attn.o_proj, seen.flatten(1))  # (Q, D)
     normed = layer.post_attention_layernorm(x)
     gate, up = project(mlp.gate_proj, normed), project(mlp.up_proj, normed)
@@ -132,14 +142,33 @@ def decoder_layer(
     return x + project(mlp.down_proj, inner)
 
 
-def run_layers(decoder: nn.Module, x: torch.Tensor, rows: dict[str, Any]) -> torch.Tensor:
-    """Embeddings of a stream (T, D) -> normed hidden states of the positions that predict, (Q, D)."""
-    cos, sin = decoder.rotary_emb(x, rows["position_ids"][None])
-    rope, attention = Rope(cos[0], sin[0]), full_attention(rows)
-    *layers, last = decoder.layers[: decoder.config.num_hidden_layers]
-    for layer in layers:
-        x = _checkpointed(layer, x, rope, attention)
-    x = _checkpointed(last, x, rope, label_attention(rows), rows["queries"])
+def rope_at(decoder: nn.Module, x: torch.Tensor, positions: torch.Tensor) -> Rope:
+    """The embedding of ``positions`` (T,), in the dtype of ``x``."""
+    cos, sin = decoder.rotary_emb(x, positions[None])
+    return Rope(cos[0], sin[0])
+
+
+def layers_of(decoder: nn.Module) -> Sequence[nn.Module]:
+    """The layers that run."""
+    return decoder.layers[: decoder.config.num_hidden_layers]
+
+
+def run_layers(
+    decoder: nn.Module,
+    x: torch.Tensor,
+    rows: dict[str, Any],
+    looks: Sequence[Callable[..., torch.Tensor]] | None = None,
+) -> torch.Tensor:
+    """Embeddings of a stream (T, D) -> normed hidden states of the positions that predict, (Q, D).
+
+    ``looks``: for every layer what stands in for ``attend``.
+    """
+    rope, attention = rope_at(decoder, x, rows["position_ids"]), full_attention(rows)
+    *layers, last = layers_of(decoder)
+    *many, final = looks or [attend] * (len(layers) + 1)
+    for layer, look in zip(layers, many, strict=True):
+        x = _checkpointed(layer, x, rope, attention, None, look)
+    x = _checkpointed(last, x, rope, label_attention(rows), rows["queries"], final)
     return decoder.norm(x)
 
 

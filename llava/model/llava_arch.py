@@ -93,12 +93,28 @@ class LlavaMetaForCausalLM:
     def get_vision_tower(self) -> CLIPVisionTower | None:
         return self.model.get_vision_tower()
 
-    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) -> tower (N, T, D_vision) -> connector (N, T, D)."""
-        features = self.model.vision_tower(images)
+    def encode_images(
+        self,
+        images: Images | None,
+        pixel_levels: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(N, 3, H, W) -> tower (N, T, D_vision) -> connector (N, T, D).
+
+        Bytes are looked up in ``pixel_levels`` (3, 256); ``vision_features`` are the tower's output, kept from before.
+        """
+        features = self.see(images, pixel_levels) if vision_features is None else vision_features
         # Parameters and not the tower's dtype: under autocast or ZeRO the two parts may differ.
         dtype = next((p.dtype for p in self.model.mm_projector.parameters()), features.dtype)
         return self.model.mm_projector(features.to(dtype))
+
+    def see(self, images: Images, pixel_levels: torch.Tensor | None = None) -> torch.Tensor:
+        """Pictures, as pixel values or as bytes -> the tower's features (N, T, D_vision)."""
+        pixels = _stack(images)
+        if pixel_levels is not None:
+            channels = torch.arange(3, device=pixels.device)[:, None, None]
+            pixels = pixel_levels[channels, pixels.int()]
+        return self.model.vision_tower(pixels)
 
     def splice(
         self,
@@ -198,17 +214,19 @@ class LlavaMetaForCausalLM:
         image_sizes: Any = None,
         image_index: torch.Tensor | None = None,
         padding_side: str | None = None,
+        pixel_levels: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
     ) -> tuple[Any, ...]:
         """Upstream's name and order: ids and pictures -> (None, position_ids, mask, cache, inputs_embeds, labels).
 
         Nothing changes where there is no tower, no picture, or only the next token of a generation.
         """
-        if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
+        nothing_to_see = images is None and vision_features is None
+        if self.get_vision_tower() is None or nothing_to_see or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
-        pixels = _stack(images)
         if image_index is None:
-            image_index = rows_in_order(input_ids, attention_mask, len(pixels))
-        features = self.encode_images(pixels)
+            image_index = rows_in_order(input_ids, attention_mask, len(_stack(images)))
+        features = self.encode_images(images, pixel_levels, vision_features)
         row = self.splice(input_ids, features, image_index, attention_mask, position_ids, labels, padding_side)
         return None, row.position_ids, row.attention_mask, past_key_values, row.inputs_embeds, row.labels
 
@@ -227,6 +245,8 @@ class LlavaMetaForCausalLM:
         logits_to_keep: int | torch.Tensor = 0,
         score_labels: bool = False,
         rows: dict[str, Any] | None = None,
+        pixel_levels: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         hidden_at_labels: torch.Tensor | None = None,
         **decoder_kwargs: Any,
@@ -235,15 +255,27 @@ class LlavaMetaForCausalLM:
 
         Without ``image_index`` pictures belong to rows in order of their -200. The loss is the mean over the batch's
         labels, in float32. ``score_labels`` runs the head only where the next token is labelled; ``rows``
-        (``llava.data.packing``) does so for trees. What another forward of the same batch has already computed can be
-        passed: ``image_features`` (N, T, D), ``hidden_at_labels`` (Q, D).
+        (``llava.data.packing``) does so for trees. What is already known of the batch can be passed:
+        ``vision_features`` (N, T, D_vision) of the tower, and of another forward ``image_features`` (N, T, D) or
+        ``hidden_at_labels`` (Q, D).
         """
         if rows is not None:
-            return self._score_trees(rows, images, image_features, hidden_at_labels)
+            if image_features is None and hidden_at_labels is None:
+                image_features = self.encode_images(images, pixel_levels, vision_features)
+            return self._score_trees(rows, image_features, hidden_at_labels)
         if inputs_embeds is None:
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
                 self.prepare_inputs_labels_for_multimodal(
-                    input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes, image_index
+                    input_ids,
+                    position_ids,
+                    attention_mask,
+                    past_key_values,
+                    labels,
+                    images,
+                    image_sizes,
+                    image_index,
+                    pixel_levels=pixel_levels,
+                    vision_features=vision_features,
                 )
             )
         outputs = self.backbone(
@@ -273,13 +305,11 @@ class LlavaMetaForCausalLM:
     def _score_trees(
         self,
         rows: dict[str, Any],
-        images: Images | None,
         features: torch.Tensor | None,
         hidden: torch.Tensor | None,
     ) -> LlavaOutput:
         """Trees -> scores of their labels, each shared beginning computed once."""
         if hidden is None:
-            features = self.encode_images(_stack(images)) if features is None else features
             hidden = run_layers(self.model, self.embed_stream(rows, features), rows)  # (Q, D)
         logps, mean_logits = self.lm_head(hidden, rows["label_at"], rows["targets"])  # (U,) each
         index = rows["label_index"]

@@ -24,6 +24,7 @@ from llava.conversation import template
 from llava.errors import UserError, note, warn
 from llava.files import existing, read_object
 
+REFERENCES = ("auto", "cache", "copy")
 TRAIN_TYPES = ("projector", "use_lora", "none", "freeze_vision")
 
 
@@ -153,6 +154,12 @@ class LlavaTrainingArguments(TrainingArguments):
     lora_weight_path: str | None = field(default=None, metadata={"help": "not supported"})
     mm_projector_lr: float | None = field(default=None, metadata={"help": "rate of the connector; 0 freezes it"})
     group_by_modality_length: bool = field(default=False, metadata={"help": "batches of like kind and length"})
+    prefix_sharing: bool = field(
+        default=True, metadata={"help": "compute what rows of a batch begin with alike only once (needs sdpa)"}
+    )
+    feature_cache: str | None = field(
+        default=None, metadata={"help": "folder that keeps what the frozen tower sees of every picture"}
+    )
     mpt_attn_impl: str | None = field(default="triton", metadata={"help": "belongs to MPT, which is not supported"})
 
     evaluation_strategy: str | None = field(default=None, metadata={"help": "older name of --eval_strategy"})
@@ -283,6 +290,17 @@ class DPOTrainingArguments(LlavaTrainingArguments):
     lora_dropout: float = field(default=0.0, metadata={"help": "upstream says 0.05 and sets every dropout to 0"})
     run_name: str | None = field(default="dpo_llava-1.5", metadata={"help": "name of the run for the loggers"})
 
+    reference: str = field(
+        default="auto",
+        metadata={
+            "help": "auto: what trains, as it was at the start | cache: log-probabilities computed before the first "
+            "step and kept on disk | copy: a second model"
+        },
+    )
+    reference_cache: str | None = field(
+        default=None, metadata={"help": "file of --reference cache (default: in reference_cache beside --output_dir)"}
+    )
+    group_by_image: bool = field(default=False, metadata={"help": "batches of pairs about the same picture"})
     beta: float = field(default=0.5, metadata={"help": "DPO's beta (HA-DPO's recipe: 0.1)"})
     optimizer_type: str | None = field(default=None, metadata={"help": "HA-DPO's name of --optim"})
     max_prompt_length: int | None = field(default=None, metadata={"help": "not supported: use --model_max_length"})
@@ -293,6 +311,12 @@ class DPOTrainingArguments(LlavaTrainingArguments):
     def __post_init__(self) -> None:
         if self.beta <= 0:
             raise UserError(f"--beta {self.beta}: expected a positive number")
+        if self.reference not in REFERENCES:
+            raise UserError(f"--reference {self.reference}: expected one of {', '.join(REFERENCES)}")
+        if self.reference_cache and self.reference != "cache":
+            raise UserError(f"--reference_cache has nothing to do with --reference {self.reference}; pass cache")
+        if self.group_by_image and self.group_by_modality_length:
+            raise UserError("--group_by_image and --group_by_modality_length both choose the order; pass one")
         for flag in ("max_prompt_length", "max_length"):
             if getattr(self, flag) is not None:
                 raise UserError(f"--{flag} did nothing upstream and is not supported; --model_max_length cuts rows")
@@ -390,8 +414,9 @@ def _settle_idle(parsed: list[Any], given: set[str]) -> None:
         idle |= {"eval_steps": "there is no --eval_data_path"}
     for flag in sorted(given & idle.keys()):
         note(f"--{flag} has nothing to do here: {idle[flag]}")
-    if "train_sampling_strategy" in given and values["group_by_modality_length"]:
-        raise UserError("--train_sampling_strategy and --group_by_modality_length True both choose the order; pass one")
+    for flag in ("group_by_modality_length", "group_by_image"):
+        if "train_sampling_strategy" in given and values.get(flag):
+            raise UserError(f"--train_sampling_strategy and --{flag} True both choose the order; pass one")
     if values["mm_projector_lr"] and values["freeze_mm_mlp_adapter"]:
         raise UserError("--mm_projector_lr is for the connector, which --freeze_mm_mlp_adapter freezes; pass one")
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llava.conversation import template
-from llava.data.collate import Collator
+from llava.data.collate import Collator, PackingCollator
 from llava.data.examples import ExampleBuilder
 from llava.data.images import ImageLoader
-from llava.errors import UserError
+from llava.errors import UserError, note
 from llava.files import existing, read_object
 from llava.model.builder import (
     FAMILIES,
@@ -28,6 +28,7 @@ from llava.model.builder import (
     with_tower,
 )
 from llava.model.checkpoint import read_connector, read_model_weights
+from llava.model.decoder import why_not
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.tokenization import load_tokenizer
 
@@ -135,8 +136,6 @@ def _existing_config(folder: Path, model_args: Any, cache: str | None) -> tuple[
 
 def example_builder(plan: ModelPlan, version: str) -> ExampleBuilder:
     """Records -> examples, for this model and template."""
-    from transformers import PretrainedConfig
-
     return ExampleBuilder(
         tokenizer=plan.tokenizer,
         template=template(version),
@@ -152,10 +151,17 @@ def _tokens_per_image(config: Any) -> int:
         return build_vision_tower(config).num_features
 
 
-def collator(plan: ModelPlan) -> Collator:
-    """Examples -> batches, for this model."""
-    blank = ImageLoader(plan.image_processor, plan.config["image_aspect_ratio"]).blank
-    return Collator(plan.tokenizer.pad_token_id, plan.config["tokenizer_model_max_length"], blank)
+def collator(plan: ModelPlan, builder: ExampleBuilder, train_args: Any) -> Collator:
+    """Examples -> batches, for this model: rows share their beginnings unless the flags or the model forbid it."""
+    loader = builder.load_image
+    settings = (plan.tokenizer.pad_token_id, plan.config["tokenizer_model_max_length"], loader.blank, loader.levels())
+    reason = None if train_args.prefix_sharing else "--prefix_sharing False"
+    reason = reason or why_not(PretrainedConfig(**plan.config), plan.attn_implementation)
+    if reason is None:
+        return PackingCollator(*settings, tokens_per_image=builder.tokens_per_image)
+    if train_args.process_index == 0:
+        note(f"rows are computed one by one: {reason}")
+    return Collator(*settings)
 
 
 def check_resumed(checkpoint: str | None, arguments: dict[str, Any]) -> None:
@@ -196,4 +202,6 @@ FREE_ON_RESUME = {
     "dataloader_persistent_workers",
     "dataloader_pin_memory",
     "cache_dir",
+    "reference_cache",
+    "feature_cache",
 }

@@ -2,7 +2,8 @@
 
 Whatever is frozen is shared with the policy. With LoRA the reference is the policy with its adapter off; a connector
 or head that trains too is kept as a copy (some 40 MB) and put in its place for the reference's forward. Only where the
-backbone itself trains is a whole second model needed. (HA-DPO keeps one always, and feeds it the policy's connector.)
+backbone itself trains is a whole second model needed, and not even there when the log-probabilities are computed before
+the first step (``FirstPolicy``). (HA-DPO keeps one always, and feeds it the policy's connector.)
 """
 
 from __future__ import annotations
@@ -63,6 +64,19 @@ class SharedReference:
                     parent._modules[name] = module
 
 
+class FirstPolicy:
+    """The policy before its first step, as it is; it can be asked only then."""
+
+    def place(self, accelerator: Any, train_args: Any) -> None:
+        """Nothing to place."""
+
+    @contextlib.contextmanager
+    def forward_of(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """``policy`` without gradients."""
+        with torch.no_grad():
+            yield policy
+
+
 class CopiedReference:
     """A second model, loaded like the first and frozen."""
 
@@ -96,11 +110,27 @@ class CopiedReference:
             yield self.model
 
 
-Reference = SharedReference | CopiedReference
+Reference = SharedReference | FirstPolicy | CopiedReference
 
 
-def choose_reference(policy: nn.Module, parts: set[str], load_again: Callable[[], nn.Module]) -> Reference:
-    """The cheapest reference for ``parts`` that train; ``load_again`` is called only where the backbone does."""
-    if parts & {"backbone", "vision_tower"}:
+def choose_reference(
+    policy: nn.Module, parts: set[str], load_again: Callable[[], nn.Module], kind: str = "auto"
+) -> Reference:
+    """``--reference``: the cheapest one for ``parts`` that train (auto), or a whole second model (copy).
+
+    With ``cache`` it is asked before the first step only. ``load_again`` is called where a second model is needed.
+    """
+    trains_backbone = bool(parts & {"backbone", "vision_tower"})
+    if kind == "copy" or (kind == "auto" and trains_backbone):
         return CopiedReference(load_again())
-    return SharedReference(policy, parts)
+    return FirstPolicy() if trains_backbone else SharedReference(policy, parts)
+
+
+def carried_over(reference: Reference, parts: set[str]) -> dict[str, str]:
+    """What the reference's forward need not compute again after the policy's: argument of ``forward`` -> its score."""
+    carried = {}
+    if not parts & {"projector", "vision_tower"}:
+        carried["image_features"] = "features"
+    if parts == {"lm_head"} and isinstance(reference, SharedReference):
+        carried["hidden_at_labels"] = "hidden"
+    return carried

@@ -20,10 +20,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from llava.errors import UserError
 from llava.files import publish
+from llava.model.llava_arch import LabelScores
 from llava.run_card import RunCard
+from llava.train.caches import FillCaches, fill_features, fill_reference
 from llava.train.losses import dpo_loss
-from llava.train.reference import Reference
-from llava.train.sampler import ModalityLengthSampler
+from llava.train.reference import Reference, carried_over
+from llava.train.reference_cache import ReferenceCache
+from llava.train.sampler import ImageSampler, ModalityLengthSampler
 from llava.train.saving import load_trained, save_checkpoint
 from llava.train.trainable import part_of
 
@@ -44,6 +47,7 @@ class LlavaTrainer(Trainer):
         collator: Callable,
         tokenizer: Any,
         image_processor: Any,
+        feature_folder: Path | None = None,
     ) -> None:
         self.parts = parts
         self._staging: Path | None = None
@@ -56,6 +60,8 @@ class LlavaTrainer(Trainer):
         for progress in (PrinterCallback, ProgressCallback):
             self.remove_callback(progress)
         self.add_callback(OneLinePerLog())
+        if feature_folder is not None:
+            self.add_callback(FillCaches(lambda: fill_features(self, feature_folder)))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -99,9 +105,12 @@ class LlavaTrainer(Trainer):
         if not self.args.group_by_modality_length:
             return super()._get_train_sampler(dataset)
         megabatch = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        return ModalityLengthSampler(dataset.modality_lengths, megabatch, *self._seed_and_epoch())
+
+    def _seed_and_epoch(self) -> tuple[int, Callable[[], int]]:
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         # The loader's own count of epochs does not reach a sampler when a run is resumed; the state's is always right.
-        return ModalityLengthSampler(dataset.modality_lengths, megabatch, seed, lambda: int(self.state.epoch or 0))
+        return seed, lambda: int(self.state.epoch or 0)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Every checkpoint, also one in the middle, loads by itself."""
@@ -180,9 +189,14 @@ def _class_name(thing: Any) -> str:
 class DPOTrainer(LlavaTrainer):
     """Preference optimisation; metrics carry TRL's names and are averaged over all ranks' pairs since the last log."""
 
-    def __init__(self, *args: Any, reference: Reference, beta: float, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, reference: Reference, beta: float, cache: ReferenceCache | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.reference = reference
+        self.carried = carried_over(reference, self.parts)
+        if cache is not None:
+            self.add_callback(FillCaches(lambda: fill_reference(self, cache, reference)))
         self.beta = beta
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
         reference.place(self.accelerator, self.args)
@@ -191,12 +205,14 @@ class DPOTrainer(LlavaTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         # ---- one DPO step: rows 0..B-1 are the chosen answers, B..2B-1 the rejected ones ----
-        policy = model(**inputs, score_labels=True, use_cache=False)
-        with self.reference.forward_of(model) as reference_model:
-            reference = reference_model(**inputs, score_labels=True, use_cache=False).scores
+        batch = {key: value for key, value in inputs.items() if key not in ("pairs", "reference_logps")}
+        policy = model(**batch, score_labels=True, use_cache=False)
         scores = policy.scores
         policy_chosen, policy_rejected = scores.row_sums(scores.logps).chunk(2)  # (B,) each
-        reference_chosen, reference_rejected = reference.row_sums(reference.logps).chunk(2)
+        known = inputs.get("reference_logps")
+        reference_chosen, reference_rejected = (
+            self._ask_reference(model, batch, scores) if known is None else known
+        ).chunk(2)
         loss = dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, self.beta)
         # -------------------------------------------------------------------------------------
         chosen_sum, rejected_sum = scores.row_sums(scores.mean_logits).chunk(2)
@@ -218,6 +234,21 @@ class DPOTrainer(LlavaTrainer):
         )
         mean = loss.losses.mean()
         return (mean, policy) if return_outputs else mean
+
+    def _ask_reference(self, model: nn.Module, batch: dict[str, Any], scores: LabelScores) -> torch.Tensor:
+        """Log-probabilities of the rows, (2B,); what the frozen parts gave the policy is not computed again."""
+        carried = {}
+        if "rows" in batch:
+            carried = {name: getattr(scores, field).detach() for name, field in self.carried.items()}
+        with self.reference.forward_of(model) as reference_model:
+            reference = reference_model(**batch, **carried, score_labels=True, use_cache=False).scores
+        return reference.row_sums(reference.logps)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if not self.args.group_by_image:
+            return super()._get_train_sampler(dataset)
+        return ImageSampler(dataset.picture_paths, self.args.train_batch_size, *self._seed_and_epoch())
 
     def _add(self, mode: str, terms: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         for name, (values, weights) in terms.items():

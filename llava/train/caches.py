@@ -1,0 +1,157 @@
+"""What never changes during a run, computed once before the first step and kept on disk.
+
+``--reference cache``: the reference's log-probabilities of every pair. ``--feature_cache``: the frozen tower's features
+of every picture. Both are shared out over the ranks, and a run that is killed while filling them goes on there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from llava.errors import BrokenImage, UserError, warn
+from llava.files import publish, sha256
+from llava.model.checkpoint import weight_files
+from llava.train.reference import FirstPolicy, Reference
+from llava.train.reference_cache import ReferenceCache, pair_keys
+
+PICTURES_AT_A_TIME = 8
+
+
+class FillCaches(TrainerCallback):
+    """Fills at the beginning of the training, when the model is wrapped and where it belongs."""
+
+    def __init__(self, *fillers: Any) -> None:
+        self.fillers = fillers
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # The data's order and dropout draw from these generators; a filled cache must not change what they give.
+        with torch.random.fork_rng():
+            for fill in self.fillers:
+                fill()
+
+
+def fill_reference(trainer: Any, cache: ReferenceCache, reference: Reference) -> None:
+    """Compute what ``cache`` does not hold yet and hand every data set its pairs' values.
+
+    Raises:
+        UserError: the policy has been trained already, and the reference was the policy at its start.
+    """
+    for dataset in [d for d in (trainer.train_dataset, trainer.eval_dataset) if d is not None]:
+        keys = pair_keys(dataset.contents)
+        missing = {key: index for index, key in enumerate(keys) if key not in cache.values}
+        if missing and isinstance(reference, FirstPolicy) and trainer.state.global_step:
+            raise UserError(
+                f"{cache.path}: {len(missing)} of {len(keys)} pairs are missing, and the policy that would give them "
+                "has been trained since; pass the file the run was started with, or --reference copy"
+            )
+        if missing:
+            _compute_logps(trainer, cache, reference, dataset, keys, list(missing.values()))
+        unknown = (float("nan"), float("nan"))  # of a picture that cannot be opened: no batch will ask for it
+        values = torch.tensor([cache.values.get(key, unknown) for key in keys])
+        dataset.remember_reference(values.share_memory_())
+
+
+def _compute_logps(
+    trainer: Any, cache: ReferenceCache, reference: Reference, dataset: Any, keys: list[str], missing: list[int]
+) -> None:
+    args, accelerator, model = trainer.args, trainer.accelerator, trainer.model_wrapped
+    if accelerator.is_main_process:
+        cache.open()
+    accelerator.wait_for_everyone()
+    missing.sort(key=lambda index: dataset.contents[index][2])  # pairs about one picture share its row
+    batches = _shared_out(missing, args.per_device_train_batch_size, accelerator)
+    loader = DataLoader(
+        dataset, batch_sampler=batches, collate_fn=trainer.data_collator, num_workers=args.dataloader_num_workers
+    )
+    training = model.training
+    model.eval()
+    for batch in tqdm(loader, desc="reference", unit="batch", disable=not accelerator.is_main_process, mininterval=5):
+        inputs = trainer._prepare_inputs(batch)
+        numbers = inputs.pop("pairs").tolist()
+        with trainer.compute_loss_context_manager(), reference.forward_of(model) as reference_model:
+            scores = reference_model(**inputs, score_labels=True, use_cache=False).scores
+        chosen, rejected = scores.row_sums(scores.logps).chunk(2)
+        found = zip([keys[number] for number in numbers], chosen.tolist(), rejected.tolist(), strict=True)
+        cache.add(gather_object(list(found)), write=accelerator.is_main_process)
+    model.train(training)
+
+
+def _shared_out(indices: Sequence[int], size: int, accelerator: Any) -> list[list[int]]:
+    """This rank's batches; all ranks get the same number (the last is repeated), since ZeRO-3 runs them in step."""
+    batches = [list(indices[start : start + size]) for start in range(0, len(indices), size)]
+    batches += [batches[-1]] * (-len(batches) % accelerator.num_processes)
+    return batches[accelerator.process_index :: accelerator.num_processes]
+
+
+def feature_folder(root: str | None, plan: Any, parts: set[str]) -> Path | None:
+    """Where features of this tower, of pictures prepared like this, belong; the tower's weights by content.
+
+    Raises:
+        UserError: the tower trains.
+    """
+    if root is None:
+        return None
+    if "vision_tower" in parts:
+        raise UserError("--feature_cache keeps what a frozen tower sees, but the vision tower trains; leave it out")
+    files = weight_files(plan.tower) if plan.tower else weight_files(plan.folder)
+    processor = {k: v for k, v in plan.image_processor.to_dict().items() if not k.startswith("_")}
+    names = ("mm_vision_config", "mm_vision_select_layer", "mm_vision_select_feature", "image_aspect_ratio")
+    key = [[sha256(file) for file in files], processor, {n: plan.config.get(n) for n in names}, str(plan.dtype)]
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+    return Path(root).expanduser() / digest[:16]
+
+
+def fill_features(trainer: Any, folder: Path) -> None:
+    """See every picture once and let the data sets load what was seen instead of the picture."""
+    accelerator = trainer.accelerator
+    datasets = [d for d in (trainer.train_dataset, trainer.eval_dataset) if d is not None]
+    paths = list(dict.fromkeys(path for dataset in datasets for path in dataset.picture_paths))
+    files = {path: folder / f"{sha256(path)[:32]}.safetensors" for path in paths}
+    missing = [path for path, file in files.items() if not file.exists()]
+    loader = datasets[0].builder.load_image
+    if missing:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--feature_cache {folder.parent}: cannot be written ({error.strerror})") from None
+        model = accelerator.unwrap_model(trainer.model)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        batches = _shared_out(missing, PICTURES_AT_A_TIME, accelerator)
+        quiet = not accelerator.is_main_process
+        for batch in tqdm(batches, desc="features", unit="batch", disable=quiet, mininterval=5):
+            _see(model, loader, batch, files, datasets[0].skip_missing_images, accelerator.device)
+        accelerator.wait_for_everyone()
+    loader.use_features({path: str(file) for path, file in files.items() if file.exists()})
+
+
+def _see(
+    model: Any, loader: Any, paths: list[str], files: dict[str, Path], skip_broken: bool, device: torch.device
+) -> None:
+    pictures = {}
+    for path in paths:
+        try:
+            pictures[path] = loader(path, "--feature_cache")
+        except BrokenImage as error:
+            if not skip_broken:
+                raise
+            warn(str(error), everywhere=False)
+    # A rank without a picture still runs the tower: under ZeRO-3 the others wait for it.
+    pixels = torch.stack(list(pictures.values()) or [loader.blank()]).to(device)
+    with torch.no_grad():
+        seen = model.see(pixels, loader.levels().to(device)).cpu()
+    for path, features in zip(pictures, seen, strict=False):
+        temporary = files[path].with_name(f".{files[path].name}.{os.getpid()}")
+        save_file({"features": features.contiguous()}, temporary)
+        publish(temporary, files[path])

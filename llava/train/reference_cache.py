@@ -1,0 +1,124 @@
+"""The reference's log-probabilities on disk: they never change, so they are computed once.
+
+One file of JSON lines for every reference: first what it was (model, template, dtype, ...), then a line a pair, named
+by what decides its numbers (tokens, labels, picture). It grows by whole lines, so a run that is killed while filling it
+goes on there; later epochs, duplicates, and other runs of a sweep on the same model read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llava.errors import UserError
+from llava.files import atomic_write, sha256, whole_lines
+from llava.model.checkpoint import weight_files
+
+# What of a model's configuration decides its log-probabilities, besides its weights.
+DECIDING = (
+    "model_type",
+    "rope_parameters",
+    "rope_theta",
+    "rms_norm_eps",
+    "mm_vision_select_layer",
+    "mm_vision_select_feature",
+    "mm_projector_type",
+    "image_aspect_ratio",
+    "tokenizer_model_max_length",
+)
+
+
+def reference_key(plan: Any, version: str) -> dict[str, str]:
+    """What a reference is, in words that a message can name; weights by content, wherever they lie."""
+    files = weight_files(plan.folder)
+    files += weight_files(plan.tower) if plan.tower else []
+    files += [Path(plan.connector)] if plan.connector else []
+    weights = hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+    config = {name: plan.config.get(name) for name in DECIDING}
+    pictures = plan.image_processor.to_dict()
+    return {
+        "model": weights,
+        "config": _digest(config),
+        "image_processor": _digest({k: v for k, v in pictures.items() if not k.startswith("_")}),
+        "template": version,
+        "dtype": str(plan.dtype),
+        "seed": str(plan.seed) if plan.blank and not plan.connector else "-",  # of a new connector
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+class ReferenceCache:
+    """Pairs' reference log-probabilities by key: ``(chosen, rejected)``.
+
+    ``path`` None puts the file under its key's name into ``default_folder``.
+
+    Raises:
+        UserError: the file belongs to another reference; what differs is named.
+    """
+
+    def __init__(self, path: str | None, default_folder: Path, key: dict[str, str]) -> None:
+        self.key = key
+        self.path = Path(path).expanduser() if path else default_folder / f"{_digest(key)}.jsonl"
+        self.values: dict[str, tuple[float, float]] = {}
+        if not self.path.exists():
+            return
+        if self.path.is_dir():
+            raise UserError(f"--reference_cache {path}: a folder; expected a file (it is made where there is none)")
+        rows = list(whole_lines(self.path))
+        found = rows[0] if rows else None
+        if not isinstance(found, dict) or found.keys() != key.keys():
+            raise UserError(f"{self.path}: not a file of reference log-probabilities; pass another --reference_cache")
+        differing = [f"{name} {found[name]} -> {key[name]}" for name in key if found[name] != key[name]]
+        if differing:
+            raise UserError(
+                f"{self.path}: made with another reference ({'; '.join(differing)}); pass another --reference_cache"
+            )
+        self.values = {row["pair"]: (row["chosen"], row["rejected"]) for row in rows[1:]}
+
+    def open(self) -> None:
+        """Make the file ready to grow (one process calls it): half a line of a killed run is taken off."""
+        if self.path.exists() and self.path.read_bytes().endswith(b"\n"):
+            return  # another run may be growing it
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(self.path) as file:
+                file.write(json.dumps(self.key) + "\n")
+                file.writelines(self._line(pair, *values) for pair, values in self.values.items())
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); pass --reference_cache") from None
+
+    def add(self, rows: Iterable[tuple[str, float, float]], write: bool) -> None:
+        """Take over new values; with ``write`` they are in the file when this returns."""
+        rows = list(rows)
+        self.values.update({pair: (chosen, rejected) for pair, chosen, rejected in rows})
+        if write:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(self._line(*row) for row in rows))
+                file.flush()
+                os.fsync(file.fileno())
+
+    @staticmethod
+    def _line(pair: str, chosen: float, rejected: float) -> str:
+        return json.dumps({"pair": pair, "chosen": chosen, "rejected": rejected}) + "\n"
+
+
+def pair_keys(rows: Iterable[tuple[Any, Any, str]]) -> list[str]:
+    """Names of pairs, from the ids and labels of both sides and the content of the picture.
+
+    ``rows`` are ``((chosen ids, labels), (rejected ids, labels), path of the picture)``; a picture is read once.
+    """
+    pictures: dict[str, str] = {}
+    keys = []
+    for chosen, rejected, path in rows:
+        if path not in pictures:
+            pictures[path] = sha256(path)
+        content = json.dumps([chosen, rejected, pictures[path]]).encode()
+        keys.append(hashlib.sha256(content).hexdigest()[:32])
+    return keys
