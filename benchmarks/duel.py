@@ -104,8 +104,11 @@ class Worker:
 
 
 def _serve(pipe: Any, make: Maker) -> None:
+    import warnings
+
     import torch
 
+    warnings.simplefilter("ignore")  # deprecations of the libraries' own making
     torch.set_num_threads(THREADS)
     try:
         here = InProcess(make)
@@ -233,7 +236,7 @@ def _record(
         "matmul_peak_flops": matmul_peak,
         "share_of_peak": row.flops / ours / matmul_peak,
         "machine": machine(),
-        "versions": {name: _version(name) for name in ("torch", "transformers", "peft", "trl")},
+        "versions": {name: version_of(name) for name in ("torch", "transformers", "peft", "trl")},
     }
 
 
@@ -270,7 +273,8 @@ def machine() -> str:
     return f"{found[1] if found else platform.processor()}, {THREADS} of {os.cpu_count()} threads, float32"
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """Of an installed package."""
     try:
         return version(name)
     except ModuleNotFoundError:

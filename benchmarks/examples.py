@@ -1,21 +1,26 @@
-"""Random conversations of realistic lengths, as the batches of either side.
+"""Random conversations of realistic lengths, and transformers' batches of them.
 
-Ids are drawn, so that no tokenizer has a say: both sides get the same tokens.
+Ids are drawn, so that no tokenizer has a say: both sides get the same tokens. Ours are collated by the project's own
+``PackingCollator``.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.models import BOS, EOS, PAD, Geometry, expand_images
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.data.collate import Batch, Collator, Example, PreferenceExample
+from llava.data.collate import Example, PreferenceExample
 
 # BOS, system prompt and "USER: " of the v1 template come before the picture.
 BEFORE_IMAGE = 37
+
+
+Drawing = Callable[[], "list[Example] | list[PreferenceExample]"]
 
 
 class Writer:
@@ -76,9 +81,10 @@ def questions(geometry: Geometry, pairs: int, seed: int, per_image: int = 4) -> 
     return examples
 
 
-def our_batch(examples: list[Example] | list[PreferenceExample]) -> Batch:
-    """As the training scripts collate."""
-    return Collator(PAD, None, lambda: torch.zeros(0))(examples)
+def captions(geometry: Geometry, number: int, seed: int) -> list[Example]:
+    """Pictures with captions of 20 to 40 tokens."""
+    writer = Writer(geometry, seed)
+    return [writer.caption() for _ in range(number)]
 
 
 def hf_batch(examples: list[Example] | list[PreferenceExample], geometry: Geometry) -> dict[str, torch.Tensor]:
