@@ -4,8 +4,9 @@
     torchrun --nproc_per_node 2 --master_port $RANDOM pope_eval.py --coco_path COCO --pope_path POPE \
         --model-path checkpoints/ha-dpo --model-base liuhaotian/llava-v1.5-7b --set popular
 
-Answers go to ``--output_dir`` (by default ``pope/`` inside the checkpoint) as ``pope_{set}.jsonl``. A run that was
-killed goes on where it was.
+Answers go to ``--output_dir`` (by default ``pope/`` inside the checkpoint) as ``pope_{set}.jsonl``. All questions about
+a picture are answered together, and with ``--set all`` those that the sets share once. A run that was killed goes on
+where it was.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import argparse
 
 from llava.command_line import OneLineParser
-from llava.errors import UserError, command_line
+from llava.errors import UserError, command_line, note
+from llava.eval.pope import PROTOCOLS
 
 SETS = {"random": "random", "popular": "popular", "adv": "adversarial", "adversarial": "adversarial"}
 
@@ -31,9 +33,22 @@ def parse_args() -> argparse.Namespace:
     add("--load-4bit", action="store_true", help="4-bit weights (bitsandbytes)")
     add("--dtype", choices=["float16", "bfloat16", "float32"], help="default: float16 on CUDA, float32 on the CPU")
     add("--attn_implementation", choices=["sdpa", "eager", "flash_attention_2"])
-    add("--conv-mode", default="llava_v1", help="conversation template (HA-DPO asks in llava_v1)")
+    add(
+        "--prompt",
+        default="hadpo",
+        choices=list(PROTOCOLS),
+        help="hadpo: the bare question, in template llava_v1; llava: with 'Answer the question using a single word or "
+        "phrase.', in vicuna_v1 (LLaVA's published numbers); their numbers do not compare",
+    )
+    add("--conv-mode", help="conversation template, instead of the one that --prompt names")
+    add("--scores", action="store_true", help="write 'score', the probability of yes (against no), with every answer")
     add("--max_new_tokens", type=int, default=512)
-    add("--batch_size", type=int, help="questions at a time; default: 1 in half precision (as upstream), 6 in float32")
+    add(
+        "--batch_size",
+        type=int,
+        help="questions at a time, those about one picture never parted (default: what fits); 1: one by one, as "
+        "upstream asks, which half precision rounds otherwise than many together",
+    )
     add("--skip_missing_images", action="store_true", help="leave out questions whose picture is missing")
     add("--cache_dir", help="the hub's cache")
     return parser.parse()
@@ -44,11 +59,13 @@ def main() -> None:
     args = parse_args()
     from llava.conversation import template
     from llava.distributed import join_world
-    from llava.eval.pope_run import answer_set, model_key, output_dir, read_questions
+    from llava.eval.pope_run import answer_sets, model_key, output_dir, rank_0s, read_questions
 
     for flag in ("batch_size", "max_new_tokens"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UserError(f"--{flag} {getattr(args, flag)}: expected 1 or more")
+    protocol = PROTOCOLS[args.prompt]
+    args.conv_mode = args.conv_mode or protocol.template
     conversation = template(args.conv_mode, "--conv-mode")
     names = sorted(set(SETS.values()), key=list(SETS.values()).index) if args.set == "all" else [SETS[args.set]]
     questions = {n: read_questions(n, args.pope_path, args.coco_path, args.skip_missing_images) for n in names}
@@ -56,7 +73,7 @@ def main() -> None:
 
     import torch
 
-    from llava.eval.answer import Answerer
+    from llava.eval.answer import Answerer, default_batch_size
     from llava.eval.pope import table_header, table_row
     from llava.model.builder import load_pretrained_model
     from llava.run_card import RunCard
@@ -77,30 +94,38 @@ def main() -> None:
         attn_implementation=args.attn_implementation,
         cache_dir=args.cache_dir,
     )
-    answerer = Answerer(model, tokenizer, image_processor, conversation, args.max_new_tokens)
-
-    # POPE asks six questions about a picture. Half precision rounds a batch otherwise than a single row, which can flip
-    # a close call; float32 does not (equal on every question of tests/test_pope_eval.py).
-    batch_size = args.batch_size or (6 if model.dtype == torch.float32 else 1)
+    answerer = Answerer(
+        model, tokenizer, image_processor, conversation, args.max_new_tokens, protocol.suffix, args.scores
+    )
+    if answerer.rows_because and args.batch_size != 1:
+        note(f"questions are asked by separate rows: {answerer.rows_because}")
+    args.batch_size = args.batch_size or rank_0s(default_batch_size(answerer, on_cuda), world)
     # Answers of a killed run are kept where all of this is the same.
     settings = {
         **model_key(args.model_path, args.model_base),
         "conv_mode": args.conv_mode,
         "max_new_tokens": args.max_new_tokens,
         "dtype": str(model.dtype),
-        "batch_size": batch_size,
         "quantized": [args.load_8bit, args.load_4bit],
+        "scores": args.scores,
     }
     label = folder.resolve().parent.name if folder.name == "pope" else folder.resolve().name
     data_files = [q.file for q in questions.values()]
     card = RunCard(folder, vars(args), data_files, seed=None, name=f"run_{SETS.get(args.set, args.set)}.json")
-    metrics, rows = {}, []
-    for name in names:
-        counts = answer_set(answerer, questions[name], folder, settings, batch_size, world, args.skip_missing_images)
-        metrics[name] = counts.as_dict()
-        rows.append(table_row(label, name, "-", counts))
+    card.content["protocol"] = args.prompt
+    counts = answer_sets(
+        answerer,
+        list(questions.values()),
+        folder,
+        settings,
+        args.prompt,
+        args.batch_size,
+        world,
+        skip_broken=args.skip_missing_images,
+    )
     if world.rank == 0:
-        card.finish(metrics)
+        card.finish({name: c.as_dict() for name, c in counts.items()})
+        rows = (table_row(label, name, "-", c) for name, c in counts.items())
         print(table_header(), *rows, sep="\n", flush=True)
 
 

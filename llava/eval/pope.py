@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llava.errors import UserError
 from llava.files import field, read_jsonl, read_records
@@ -25,6 +25,19 @@ SETS = ("random", "popular", "adversarial")
 LLAVA_ID_STEP = 10_000_000
 LLAVA_SETS = ("adversarial", "random", "popular")
 LLAVA_SUFFIX = "Answer the question using a single word or phrase."
+
+
+class Protocol(NamedTuple):
+    """How questions are asked: in which template, and what is written behind them. Numbers of two do not compare."""
+
+    template: str
+    suffix: str
+
+
+PROTOCOLS = {
+    "hadpo": Protocol("llava_v1", ""),  # HA-DPO's pope_eval.py
+    "llava": Protocol("vicuna_v1", f"\n{LLAVA_SUFFIX}"),  # LLaVA's eval/pope.sh
+}
 
 EOS = "</s>"
 UNNAMED = ""  # the set of an answers file whose rows do not say which set they belong to

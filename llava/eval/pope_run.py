@@ -1,18 +1,24 @@
-"""A POPE run: which questions, where the answers go, one set answered by all ranks together, and its counts."""
+"""A POPE run: which questions, where the answers go, its sets answered by all ranks together, and their counts.
+
+The three sets ask 9,000 questions about the same 500 pictures, 5,127 different ones: they are asked picture by picture.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from llava.data.images import drop_missing
 from llava.distributed import World
 from llava.errors import BrokenImage, UserError, warn
-from llava.eval.answer import Answerer, Question
+from llava.eval.answer import Answerer, Question, Said
 from llava.eval.answer_files import AnswerFile
 from llava.eval.pope import Answer, Confusion, Label, read_labels, read_questions_of, score, set_of
 from llava.files import sha256
@@ -20,6 +26,8 @@ from llava.model.checkpoint import fingerprint
 
 # Seconds between updates of the progress bar: a queued job's log should not be made of them.
 MIN_INTERVAL = 0.5 if sys.stderr.isatty() else 30.0
+
+PREPARING = 2  # threads that open pictures: one keeps a CPU's model busy, two a fast card
 
 
 @dataclass
@@ -75,58 +83,161 @@ def output_dir(model_path: str, given: str | None) -> Path:
     return model / "pope" if model.is_dir() else Path("pope_results") / model_path.strip("/").split("/")[-1]
 
 
-def answer_set(
+@dataclass
+class Picture:
+    """A picture and what is asked about it: its distinct questions, each with the (set, id) that it answers."""
+
+    path: str
+    where: str
+    asked: dict[str, list[tuple[str, int]]]
+
+
+def by_picture(sets: list[QuestionSet]) -> list[Picture]:
+    """The pictures of all sets, in the order in which they and their questions come first."""
+    pictures: dict[str, Picture] = {}
+    for questions in sets:
+        for number, question in questions.questions.items():
+            picture = pictures.setdefault(question.image, Picture(question.image, question.where, {}))
+            picture.asked.setdefault(question.text, []).append((questions.name, number))
+    return list(pictures.values())
+
+
+def in_groups(pictures: list[Picture], batch_size: int) -> list[list[Picture]]:
+    """Pictures that are asked about together: whole ones, with ``batch_size`` questions at most where it is not one.
+
+    Groups do not depend on the number of ranks, nor on what a killed run left behind: rounding stays the same.
+    """
+    groups: list[list[Picture]] = []
+    room = 0
+    for picture in pictures:
+        if len(picture.asked) > room:
+            groups.append([])
+            room = batch_size
+        groups[-1].append(picture)
+        room -= len(picture.asked)
+    return groups
+
+
+def answer_sets(
     answerer: Answerer,
-    questions: QuestionSet,
+    sets: list[QuestionSet],
     folder: Path,
     settings: dict[str, Any],
+    protocol: str,
     batch_size: int,
     world: World,
     skip_broken: bool = False,
-) -> Confusion:
-    """Answer one set on all ranks and score it; ``settings`` is what the answers depend on besides the questions.
+) -> dict[str, Confusion]:
+    """Answer sets on all ranks and score them; a question that several sets ask is asked once.
 
-    ``skip_broken`` leaves out questions whose picture cannot be opened; without it such a picture ends the run.
+    ``settings`` is what the answers depend on besides the questions. ``skip_broken`` leaves out questions whose picture
+    cannot be opened; without it such a picture ends the run.
     """
-    path = folder / f"pope_{questions.name}.jsonl"
-    key = {**settings, "questions": sha256(questions.file), "ids": len(questions.questions)}
-    answers_file = AnswerFile(path, key, world.rank, world.barrier)
-    done = answers_file.resume()
-    ids = list(questions.questions)
-    # Batches do not depend on the number of ranks, nor on what a killed run left behind: rounding stays the same.
-    batches = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
-    mine = [batch for batch in batches if not done.keys() >= set(batch)][world.rank :: world.size]
+    key = {
+        **settings,
+        "protocol": protocol,
+        "batch_size": batch_size,
+        "questions": {questions.name: [sha256(questions.file), len(questions.questions)] for questions in sets},
+    }
+    files = {
+        questions.name: AnswerFile(folder / f"pope_{questions.name}.jsonl", key, world.rank, world.barrier)
+        for questions in sets
+    }
+    done = {(name, number) for name, file in files.items() for number in file.resume()}
+    groups = in_groups(by_picture(sets), batch_size)
+    mine = [group for group in groups if not done.issuperset(_answered_by(group))][world.rank :: world.size]
     with tqdm(
-        total=sum(map(len, mine)),
-        desc=f"POPE {questions.name}",
+        total=sum(len(_answered_by(group)) for group in mine),
+        desc=f"POPE {', '.join(files)}",
         unit="question",
         disable=world.rank != 0,
         mininterval=MIN_INTERVAL,
     ) as progress:
-        for batch in mine:
-            answers_file.append(_rows(answerer, questions, batch, skip_broken))
-            progress.update(len(batch))
-    rows = answers_file.merge(ids)
-    answers = {row["question_id"]: Answer(row["answer"], row["question"], str(path)) for row in rows}
-    labels = {number: label for number, label in questions.labels.items() if number in answers or not skip_broken}
-    return score(labels, answers, questions.file, path)
+        for group, pixels in _prepared(answerer, mine):
+            said = _answers(answerer, group, pixels, batch_size, skip_broken)
+            for name, file in files.items():
+                rows = [
+                    {"question_id": number, "question": text, "answer": answer.text, "protocol": protocol}
+                    | ({} if answer.score is None else {"score": answer.score})
+                    for text, places, answer in said
+                    for place, number in places
+                    if place == name and (name, number) not in done
+                ]
+                file.append(rows)
+            progress.update(len(_answered_by(group)))
+    return {q.name: _scored(q, files[q.name], skip_broken) for q in sets}
 
 
-def _rows(answerer: Answerer, questions: QuestionSet, batch: list[int], skip_broken: bool) -> list[dict[str, Any]]:
-    """Answers of one batch; with ``skip_broken``, without the questions whose picture cannot be opened."""
+def _answered_by(group: list[Picture]) -> list[tuple[str, int]]:
+    return [place for picture in group for places in picture.asked.values() for place in places]
+
+
+def _prepared(
+    answerer: Answerer, groups: list[list[Picture]]
+) -> Iterator[tuple[list[Picture], list[Future[torch.Tensor]]]]:
+    """Groups with their pictures, opened while the group before is being answered."""
+    with ThreadPoolExecutor(PREPARING) as pool:
+        waiting: list[tuple[list[Picture], list[Future[torch.Tensor]]]] = []
+        try:
+            for group in groups:
+                waiting.append((group, [pool.submit(answerer.prepare, p.path, p.where) for p in group]))
+                if len(waiting) > 1:
+                    yield waiting.pop(0)
+            yield from waiting
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _answers(
+    answerer: Answerer,
+    group: list[Picture],
+    pixels: list[Future[torch.Tensor]],
+    batch_size: int,
+    skip_broken: bool,
+) -> list[tuple[str, list[tuple[str, int]], Said]]:
+    """A group's questions, where they stand, and their answers; ``skip_broken``: without pictures that do not open."""
+    opened, asked, places = [], [], []
+    for picture, future in zip(group, pixels, strict=True):
+        try:
+            opened.append(future.result())
+        except BrokenImage as error:
+            if not skip_broken:
+                raise
+            warn(f"{error}; its questions are left out", everywhere=False)
+            continue
+        for text, where in picture.asked.items():
+            asked.append((len(opened) - 1, text))
+            places.append(where)
+    if not opened:
+        return []
     try:
-        texts = answerer.answer([questions.questions[number] for number in batch])
-    except BrokenImage as error:
-        if not skip_broken:
-            raise
-        if len(batch) == 1:
-            warn(f"{error}; the question is left out", everywhere=False)
-            return []
-        return [row for number in batch for row in _rows(answerer, questions, [number], skip_broken)]
-    return [
-        {"question_id": number, "question": questions.questions[number].text, "answer": text}
-        for number, text in zip(batch, texts, strict=True)
-    ]
+        answers = answerer.ask(torch.stack(opened), asked, batch_size)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"out of memory with {len(asked)} questions about {len(opened)} picture(s) at a time; "
+            f"pass a --batch_size below {batch_size}",
+            everywhere=False,
+        ) from None
+    return [(text, where, said) for (_, text), where, said in zip(asked, places, answers, strict=True)]
+
+
+def _scored(questions: QuestionSet, file: AnswerFile, skip_broken: bool) -> Confusion:
+    """One set's answers, of all ranks, written and counted."""
+    rows = file.merge(list(questions.questions))
+    answers = {row["question_id"]: Answer(row["answer"], row["question"], str(file.path)) for row in rows}
+    labels = {number: label for number, label in questions.labels.items() if number in answers or not skip_broken}
+    return score(labels, answers, questions.file, file.path)
+
+
+def rank_0s(value: int, world: World) -> int:
+    """Rank 0's value, for what must be one number everywhere."""
+    if world.size == 1:
+        return value
+    import torch.distributed as dist
+
+    held = [value]
+    dist.broadcast_object_list(held)
+    return held[0]
 
 
 def model_key(model_path: str, model_base: str | None) -> dict[str, Any]:
