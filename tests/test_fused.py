@@ -1,0 +1,116 @@
+"""Fused steps against plain autograd, PEFT and the full softmax."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llava.model import fused
+from llava.model.fused import LMHead, LoraLinear, SwiGLU
+
+
+def draw(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).requires_grad_(True)
+
+
+def test_swiglu_and_its_gradients():
+    gate, up = draw(5, 7), draw(5, 7, seed=1)
+    assert torch.autograd.gradcheck(SwiGLU.apply, (gate, up))
+    torch.testing.assert_close(SwiGLU.apply(gate, up), F.silu(gate) * up, rtol=0, atol=0)
+
+
+@pytest.fixture
+def lora():
+    """A PEFT layer with both factors away from zero."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(6, 5)), LoraConfig(r=2, lora_alpha=6, target_modules=["0"])
+    )
+    layer = model.base_model.model[0]
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    return layer
+
+
+def test_a_lora_layer_in_one_go_is_pefts(lora):
+    x = draw(4, 6, dtype=torch.float32)
+    weights = [lora.lora_A["default"].weight, lora.lora_B["default"].weight]
+    weight = draw(4, 5, seed=2, dtype=torch.float32).detach()
+
+    def run(forward):
+        out = forward(x)
+        return out, torch.autograd.grad((out * weight).sum(), [x, *weights])
+
+    out, gradients = run(lambda x: LoraLinear.apply(x, *LoraLinear.adapter_of(lora)))
+    wanted, wanted_gradients = run(lora)
+    torch.testing.assert_close(out, wanted)
+    for got, want in zip(gradients, wanted_gradients, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_what_peft_does_otherwise_is_left_to_peft(lora):
+    assert LoraLinear.adapter_of(lora) is not None
+    assert LoraLinear.adapter_of(torch.nn.Linear(2, 2)) is None
+    lora.lora_dropout["default"] = torch.nn.Dropout(0.1)
+    assert LoraLinear.adapter_of(lora) is None  # while training
+    lora.lora_dropout["default"].eval()
+    assert LoraLinear.adapter_of(lora) is not None
+    lora.enable_adapters(False)
+    assert LoraLinear.adapter_of(lora) is None
+    lora.enable_adapters(True)
+    lora.base_layer.half()
+    assert LoraLinear.adapter_of(lora) is None  # two dtypes and no autocast
+
+
+def test_autocast_gives_pefts_dtypes_and_gradients(lora):
+    x = draw(4, 6, dtype=torch.float32)
+    weights = [lora.lora_A["default"].weight, lora.lora_B["default"].weight]
+    results = []
+    for forward in (lora, lambda x: LoraLinear.apply(x, *LoraLinear.adapter_of(lora))):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = forward(x)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), [x, *weights])))
+    for want, got in zip(*results, strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("trains_head", [False, True])
+@pytest.mark.parametrize("rows_at_a_time", [1, 3, 1000])
+def test_token_logps_are_those_of_the_whole_softmax(monkeypatch, trains_head, rows_at_a_time):
+    vocabulary, hidden = 11, draw(6, 4, dtype=torch.float32)
+    monkeypatch.setattr(fused, "LOGITS_AT_A_TIME", vocabulary * rows_at_a_time)
+    torch.manual_seed(0)
+    head = LMHead(4, vocabulary)
+    head.weight.requires_grad_(trains_head)
+    at, targets = torch.tensor([0, 1, 1, 3, 5, 5, 2]), torch.tensor([3, 0, 10, 4, 4, 5, 6])
+    weight = draw(7, seed=3, dtype=torch.float32).detach()
+    sources = [hidden, head.weight] if trains_head else [hidden]
+
+    logps, means = head(hidden, at, targets)
+    gradients = torch.autograd.grad((logps * weight).sum(), sources)
+    logits = F.linear(hidden[at], head.weight)
+    wanted = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    wanted_gradients = torch.autograd.grad((wanted * weight).sum(), sources)
+    torch.testing.assert_close(logps, wanted)
+    torch.testing.assert_close(means, logits.mean(-1))
+    assert not means.requires_grad
+    for got, want in zip(gradients, wanted_gradients, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_no_labels_give_zero_gradients():
+    hidden, head = draw(2, 4, dtype=torch.float32), LMHead(4, 11)
+    nothing = torch.empty(0, dtype=torch.long)
+    for trains_head in (True, False):
+        head.weight.requires_grad_(trains_head)
+        logps, _ = head(hidden, nothing, nothing)
+        (gradient,) = torch.autograd.grad(logps.sum(), [hidden])
+        assert logps.shape == (0,) and not gradient.any()
+
+
+def test_without_targets_the_head_is_a_linear_layer():
+    hidden, head = draw(2, 3, 4, dtype=torch.float32), LMHead(4, 11)
+    assert torch.equal(head(hidden), F.linear(hidden, head.weight))
