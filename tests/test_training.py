@@ -8,50 +8,11 @@ import shutil
 
 import pytest
 import torch
+from conftest import logs_of, losses_of, succeed
 from safetensors.torch import load_file
 
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import read_connector, read_model_weights
-
-
-@pytest.fixture
-def dpo_flags(golden):
-    return [
-        *("--model_name_or_path", golden / "tiny-llava-original"),
-        *("--vg_path", golden / "mini_vg"),
-        *("--desc_data_path", golden / "hadpo_data" / "desc_data.json"),
-        *("--pope_data_path", golden / "hadpo_data" / "pope_data.json"),
-        *("--image_aspect_ratio", "pad", "--model_max_length", 2048),
-        *("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1, "--num_train_epochs", 1),
-        *("--learning_rate", 1e-3, "--warmup_steps", 0, "--beta", 0.1, "--dataloader_num_workers", 0),
-        *("--save_strategy", "no", "--report_to", "none", "--gradient_checkpointing", False),
-    ]
-
-
-@pytest.fixture
-def pretrain_flags(golden):
-    return [
-        *("--model_name_or_path", golden / "tiny-vicuna", "--vision_tower", golden / "tiny-clip"),
-        *("--data_path", golden / "pretrain_data.json", "--image_folder", golden / "mini_vg"),
-        *("--version", "plain", "--mm_projector_type", "mlp2x_gelu", "--mm_vision_select_layer", -2),
-        *("--model_max_length", 2048, "--per_device_train_batch_size", 8, "--num_train_epochs", 1),
-        *("--learning_rate", 1e-3, "--lr_scheduler_type", "constant", "--logging_steps", 1),
-        *("--save_strategy", "no", "--report_to", "none", "--dataloader_num_workers", 0),
-    ]
-
-
-def succeed(result):
-    code, out, err = result
-    assert code == 0, err
-    return out
-
-
-def logs_of(folder):
-    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
-
-
-def losses_of(folder):
-    return [log["loss"] for log in logs_of(folder) if "loss" in log]
 
 
 def changed_parts(golden, folder, base="tiny-llava-original"):
