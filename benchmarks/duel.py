@@ -67,7 +67,7 @@ class InProcess:
         start = time.perf_counter()
         results = self.contender.step()
         seconds = time.perf_counter() - start
-        return (seconds, _plain(results)) if what == "first" else seconds
+        return (seconds, plain(results)) if what == "first" else seconds
 
     def close(self) -> None:
         pass
@@ -121,7 +121,7 @@ def _serve(pipe: Any, make: Maker) -> None:
         pipe.send((True, traceback.format_exc()))
 
 
-def _plain(results: dict[str, Any]) -> dict[str, Any]:
+def plain(results: dict[str, Any]) -> dict[str, Any]:
     """Tensors as arrays, which travel through a pipe without shared memory."""
     return {
         key: {name: tensor.numpy() for name, tensor in value.items()} if key == "gradients" else value

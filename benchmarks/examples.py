@@ -64,10 +64,12 @@ class Writer:
         return self.example([BOS, IMAGE_TOKEN_INDEX], [*self.words(length)[:-1], EOS], self.picture())
 
 
-def descriptions(geometry: Geometry, pairs: int, seed: int) -> list[PreferenceExample]:
+def descriptions(
+    geometry: Geometry, pairs: int, seed: int, question: int = 21, answer: int | tuple[int, int] = (60, 100)
+) -> list[PreferenceExample]:
     """HA-DPO's ``desc`` pairs: a 58-token prompt around the picture, answers of 60 to 100 tokens."""
     writer = Writer(geometry, seed)
-    return [writer.pair() for _ in range(pairs)]
+    return [writer.pair(question, answer) for _ in range(pairs)]
 
 
 def questions(geometry: Geometry, pairs: int, seed: int, per_image: int = 4) -> list[PreferenceExample]:

@@ -1,0 +1,126 @@
+"""The benchmarks at toy size: both sides are the same model, do the same work, and a disagreement is seen."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks import duel, examples, flops, steps
+from benchmarks.models import TINY, common_name, hf_model, logit_difference, our_model, with_lora
+from llava.constants import IGNORE_INDEX
+
+DESCRIPTIONS = partial(examples.descriptions, TINY, 2, 0)
+QUESTIONS = partial(examples.questions, TINY, 4, 0, 2)
+
+
+def test_both_models_are_one():
+    assert logit_difference(TINY) < 1e-5
+
+
+def test_weights_do_something():
+    """Logits spread, and an adapter changes them: agreement of models that say nothing would say nothing."""
+    model = our_model(TINY)
+    ids, pixels = torch.tensor([[1, 5, -200, 7, 9]]), torch.randn(2, 1, 3, 28, 28)
+    with torch.no_grad():
+        first, second = (model(input_ids=ids, images=image).logits[0, -1] for image in pixels)
+        assert first.std() > 1 and (first - second).abs().max() > 0.1
+        adapted = with_lora(model).eval()(input_ids=ids, images=pixels[0]).logits[0, -1]
+    assert (adapted - first).abs().max() > 0.01
+
+
+def test_names_of_all_parameters_map():
+    ours = {name for name, _ in our_model(TINY).named_parameters()}
+    assert {common_name(name) for name, _ in hf_model(TINY).named_parameters()} == ours
+
+
+@pytest.mark.parametrize("data", [DESCRIPTIONS, QUESTIONS], ids=["descriptions", "questions"])
+def test_dpo_step_is_the_plain_one(data):
+    plain = duel.plain(steps.PlainDPO(TINY, data).step())
+    assert abs(plain["loss"] - math.log(2)) > 1e-3  # the reference is not the policy
+    for options in ({}, {"cached": True}, {"checkpointing": True}):
+        apart = duel.differences(duel.plain(steps.our_dpo(TINY, data, **options).step()), plain)
+        assert apart.keys() == {"loss", "gradients"} and max(apart.values()) < 1, options
+
+
+def test_pretraining_step_is_the_plain_one():
+    captions = partial(examples.captions, TINY, 3, 0)
+    ours, theirs = steps.our_pretrain(TINY, captions), steps.FullLogitsPretrain(TINY, captions)
+    assert max(duel.differences(duel.plain(ours.step()), duel.plain(theirs.step())).values()) < 1
+
+
+def test_transformers_rows_carry_the_same_labels():
+    rows = [side for pair in DESCRIPTIONS() for side in (pair.chosen, pair.rejected)]
+    batch = examples.hf_batch(DESCRIPTIONS(), TINY)
+    labels = sorted([i for i in row if i != IGNORE_INDEX] for row in batch["labels"].tolist())
+    assert labels == sorted([i for i in row.labels if i != IGNORE_INDEX] for row in rows)
+    assert (batch["input_ids"] == TINY.image_token).sum(1).tolist() == [TINY.tokens_per_image] * 4
+
+
+def products(contender) -> int:
+    """Operations of a step's matrix products with weights, as torch counts them while it runs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    aten = torch.ops.aten
+    with FlopCounterMode(
+        display=False, custom_mapping={aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}
+    ) as c:
+        contender.step()
+    counts = c.get_flop_counts()["Global"]
+    return sum(counts[kind] for kind in (aten.convolution, aten.addmm, aten.addmm_, aten.mm) if kind in counts)
+
+
+def test_useful_operations_are_those_that_run():
+    """Nothing is recomputed in these two steps, so all that runs is useful; attention's share is left out of both."""
+    for contender, data, useful in (
+        (steps.our_dpo, DESCRIPTIONS, partial(flops.dpo, lora_r=steps.LORA_R, cached=False)),
+        (steps.our_pretrain, partial(examples.captions, TINY, 3, 0), flops.pretrain),
+    ):
+        amount = flops.Amount.of(steps.our_inputs(data, TINY))
+        expected = useful(TINY, amount._replace(attended=0, queries_attended=0))
+        assert products(contender(TINY, data)) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch):
+    monkeypatch.setattr(duel, "GEMM_SIZE", 64)
+
+
+class Constant:
+    """Comes to a given result."""
+
+    def __init__(self, loss: float = 1.0, gradient: float = 1.0) -> None:
+        self.results = {"loss": loss, "gradients": {"w": torch.tensor([gradient, 0.5])}, "answers": ["yes", "no"]}
+
+    def step(self):
+        return dict(self.results)
+
+
+def one_row(tmp_path, theirs) -> tuple[int, dict]:
+    contenders = {"a": Constant, "b": theirs}
+    rows = [duel.Row("work", "peer", "a", "b", 1e9)]
+    file = tmp_path / "rows.json"
+    code = duel.report(duel.run(contenders, rows, rounds=2, in_process=True), file)
+    return code, json.loads(file.read_text())[0]
+
+
+def test_rows_of_a_run(tmp_path, capsys):
+    code, row = one_row(tmp_path, Constant)
+    assert code == 0 and row["work"] == "work" and row["against"] == "peer" and row["agrees"] is True
+    assert row["ratio"] > 0 and row["memory_ratio"] > 0 and row["share_of_peak"] > 0
+    assert row.keys() >= {"seconds", "peak_bytes", "machine", "versions"}
+    assert "| work | peer |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", [{"loss": 1.001}, {"gradient": 1.001}, {"loss": float("nan")}], ids=str)
+def test_a_disagreement_is_an_error(tmp_path, capsys, other):
+    code, row = one_row(tmp_path, partial(Constant, **other))
+    assert code == 1 and row["agrees"] is False and "| NO (" in capsys.readouterr().out
+
+
+def test_other_answers_are_an_error():
+    results = Constant().step()
+    assert duel.differences(duel.plain(results), duel.plain({**results, "answers": ["yes", "yes"]}))["answers"] > 1
