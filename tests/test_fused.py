@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from llava.model import fused
-from llava.model.fused import LMHead, LoraLinear, SwiGLU
+from llava.model.fused import LMHead, Lora, LoraLinear, SwiGLU, SwiGLULora
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -43,32 +43,78 @@ def test_a_lora_layer_in_one_go_is_pefts(lora):
         out = forward(x)
         return out, torch.autograd.grad((out * weight).sum(), [x, *weights])
 
-    out, gradients = run(lambda x: LoraLinear.apply(x, *LoraLinear.adapter_of(lora)))
+    out, gradients = run(lambda x: LoraLinear.apply(x, *Lora.of(lora)))
     wanted, wanted_gradients = run(lora)
     torch.testing.assert_close(out, wanted)
     for got, want in zip(gradients, wanted_gradients, strict=True):
         torch.testing.assert_close(got, want)
 
 
+def peft_layer(inputs, outputs, seed):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    bare = torch.nn.Sequential(torch.nn.Linear(inputs, outputs, bias=seed % 2 == 0))
+    layer = get_peft_model(bare, LoraConfig(r=2, lora_alpha=6, target_modules=["0"])).base_model.model[0]
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    return layer
+
+
+def test_normed_projections_and_their_gradients_are_the_modules():
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    from llava.model.decoder import project_normed
+
+    norm, layers = LlamaRMSNorm(6, eps=1e-5).requires_grad_(False), [peft_layer(6, out, out) for out in (3, 4, 5)]
+    torch.nn.init.normal_(norm.weight)
+    x = draw(7, 6, dtype=torch.float32)
+    sources = [x, *(p for layer in layers for p in layer.parameters() if p.requires_grad)]
+    weights = [draw(7, out, seed=out, dtype=torch.float32).detach() for out in (3, 4, 5)]
+
+    def gradients(outs):
+        return torch.autograd.grad(sum((o * w).sum() for o, w in zip(outs, weights, strict=True)), sources)
+
+    outs = project_normed(norm, layers, x)
+    assert type(outs[0].grad_fn).__name__ == "NormedLorasBackward"
+    wanted = [layer(norm(x)) for layer in layers]
+    for got, want in zip([*outs, *gradients(outs)], [*wanted, *gradients(wanted)], strict=True):
+        torch.testing.assert_close(got, want)
+    for changed in (norm.weight.requires_grad_(True), layers[1].enable_adapters(False)):
+        assert type(project_normed(norm, layers, x)[0].grad_fn).__name__ != "NormedLorasBackward", changed
+        norm.weight.requires_grad_(False)
+
+
+def test_a_gated_projection_and_its_gradients_are_the_modules():
+    down = peft_layer(6, 5, 0)
+    gate, up = draw(7, 6, dtype=torch.float32), draw(7, 6, seed=1, dtype=torch.float32)
+    sources = [gate, up, *(p for p in down.parameters() if p.requires_grad)]
+    weight = draw(7, 5, seed=2, dtype=torch.float32).detach()
+    out, wanted = SwiGLULora.apply(gate, up, *Lora.of(down)), down(F.silu(gate) * up)
+    torch.testing.assert_close(out, wanted)
+    got, want = (torch.autograd.grad((y * weight).sum(), sources) for y in (out, wanted))
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_what_peft_does_otherwise_is_left_to_peft(lora):
-    assert LoraLinear.adapter_of(lora) is not None
-    assert LoraLinear.adapter_of(torch.nn.Linear(2, 2)) is None
+    assert Lora.of(lora) is not None
+    assert Lora.of(torch.nn.Linear(2, 2)) is None
     lora.lora_dropout["default"] = torch.nn.Dropout(0.1)
-    assert LoraLinear.adapter_of(lora) is None  # while training
+    assert Lora.of(lora) is None  # while training
     lora.lora_dropout["default"].eval()
-    assert LoraLinear.adapter_of(lora) is not None
+    assert Lora.of(lora) is not None
     lora.enable_adapters(False)
-    assert LoraLinear.adapter_of(lora) is None
+    assert Lora.of(lora) is None
     lora.enable_adapters(True)
     lora.base_layer.half()
-    assert LoraLinear.adapter_of(lora) is None  # two dtypes and no autocast
+    assert Lora.of(lora) is None  # two dtypes and no autocast
 
 
 def test_autocast_gives_pefts_dtypes_and_gradients(lora):
     x = draw(4, 6, dtype=torch.float32)
     weights = [lora.lora_A["default"].weight, lora.lora_B["default"].weight]
     results = []
-    for forward in (lora, lambda x: LoraLinear.apply(x, *LoraLinear.adapter_of(lora))):
+    for forward in (lora, lambda x: LoraLinear.apply(x, *Lora.of(lora))):
         with torch.autocast("cpu", torch.bfloat16):
             out = forward(x)
         results.append((out, *torch.autograd.grad(out.float().square().sum(), [x, *weights])))

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.models.llama.modeling_llama import rotate_half
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from llava.model.fused import LoraLinear, SwiGLU
+from llava.model.fused import Lora, LoraLinear, NormedLoras, SwiGLU, SwiGLULora
 
 
 def why_not(config: Any, attn_implementation: str | None = None) -> str | None:
@@ -97,8 +98,26 @@ def attend(
 
 def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """``layer(x)``; a plain LoRA layer in one go, without a full-size temporary for its two extra products."""
-    adapter = LoraLinear.adapter_of(layer)
-    return layer(x) if adapter is None else LoraLinear.apply(x, *adapter)
+    lora = Lora.of(layer)
+    return layer(x) if lora is None else LoraLinear.apply(x, *lora)
+
+
+def project_normed(norm: nn.Module, layers: Sequence[nn.Module], x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """``[layer(norm(x)) for layer in layers]``; plain LoRA layers do not keep the normed x for the backward pass."""
+    loras = [Lora.of(layer) for layer in layers]
+    frozen = not norm.weight.requires_grad and not hasattr(norm.weight, "ds_id")
+    if all(loras) and frozen and isinstance(norm, (LlamaRMSNorm, Qwen2RMSNorm)):
+        return NormedLoras.apply(x, norm.weight, norm.variance_epsilon, *(part for lora in loras for part in lora))
+    normed = norm(x)
+    return [project(layer, normed) for layer in layers]
+
+
+def gated(mlp: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """``down_proj(act(gate) * up)``."""
+    if mlp.config.hidden_act != "silu":
+        return project(mlp.down_proj, mlp.act_fn(gate) * up)
+    lora = Lora.of(mlp.down_proj)
+    return mlp.down_proj(SwiGLU.apply(gate, up)) if lora is None else SwiGLULora.apply(gate, up, *lora)
 
 
 class Rope(NamedTuple):
@@ -128,18 +147,20 @@ def decoder_layer(
     ``look`` stands in for ``attend``: a generation keeps the keys and values that pass there.
     """
     attn, mlp = layer.self_attn, layer.mlp
-    normed = layer.input_layernorm(x)
-    k = rope.turn(project(attn.k_proj, normed).unflatten(-1, (-1, attn.head_dim)))  # (T, H', d)
-    v = project(attn.v_proj, normed).unflatten(-1, (-1, attn.head_dim))  # (T, H', d)
-    if queries is not None:
-        x, normed, rope = x[queries], normed[queries], rope.at(queries)
-    q = rope.turn(project(attn.q_proj, normed).unflatten(-1, (-1, attn.head_dim)))  # (Q, H, d)
-    seen = look(q, k, v, attention, attn.attention_dropout if layer.training else 0.0)
+    if queries is None:
+        q, k, v = project_normed(layer.input_layernorm, (attn.q_proj, attn.k_proj, attn.v_proj), x)
+        asking = rope
+    else:
+        normed = layer.input_layernorm(x)
+        k, v = project(attn.k_proj, normed), project(attn.v_proj, normed)  # (T, D')
+        q = project(attn.q_proj, normed[queries])  # (Q, D)
+        x, asking = x[queries], rope.at(queries)
+    q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in (q, k, v))  # (Q, H, d), (T, H', d)
+    dropout = attn.attention_dropout if layer.training else 0.0
+    seen = look(asking.turn(q), rope.turn(k), v, attention, dropout)
     x = x + project(attn.o_proj, seen.flatten(1))  # (Q, D)
-    normed = layer.post_attention_layernorm(x)
-    gate, up = project(mlp.gate_proj, normed), project(mlp.up_proj, normed)
-    inner = SwiGLU.apply(gate, up) if mlp.config.hidden_act == "silu" else mlp.act_fn(gate) * up
-    return x + project(mlp.down_proj, inner)
+    gate, up = project_normed(layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj), x)
+    return x + gated(mlp, gate, up)
 
 
 def rope_at(decoder: nn.Module, x: torch.Tensor, positions: torch.Tensor) -> Rope:

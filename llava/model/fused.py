@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,19 +25,28 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        return _swiglu_backward(grad, *ctx.saved_tensors)
 
 
-class LoraLinear(torch.autograd.Function):
-    """``x W' + b + s (x A') B'`` (LoRA, arXiv:2106.09685), W frozen; products are added in place.
+def _swiglu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+class Lora(NamedTuple):
+    """``x W' + b + s (x A') B'`` (LoRA, arXiv:2106.09685) with W and b frozen.
 
     Mixed precision is that of autocast: everything is multiplied in one dtype, gradients of A and B have theirs.
     """
 
-    @staticmethod
-    def adapter_of(layer: nn.Module) -> tuple[Any, ...] | None:
-        """Arguments behind x, where ``layer`` is a LoRA layer that computes just this; else None.
+    weight: torch.Tensor  # (out, in)
+    bias: torch.Tensor | None
+    a: torch.Tensor  # (r, in)
+    b: torch.Tensor  # (out, r)
+    scaling: float
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Lora | None:
+        """What ``layer`` computes, where it is a LoRA layer and that is all it does; else None.
 
         Left to PEFT: dropout, DoRA and other variants, several adapters, quantized and ZeRO-3-partitioned weights.
         """
@@ -55,41 +65,108 @@ class LoraLinear(torch.autograd.Function):
         mixed = len({w.dtype for w in weights}) > 1 and not torch.is_autocast_enabled(base.weight.device.type)
         if not plain or drops or partitioned or mixed:
             return None
-        return base.weight, base.bias, a.weight, b.weight, layer.scaling[name]
+        return cls(base.weight, base.bias, a.weight, b.weight, layer.scaling[name])
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (T, in) -> (T, out), and x A' (T, r) for the backward pass; the second product is added in place."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            out = F.linear(x, self.weight.to(x.dtype), bias)
+            low = x @ self.a.to(x.dtype).T
+            return out.addmm_(low, self.b.to(x.dtype).T, alpha=self.scaling), low
+
+    def backward(
+        self, grad: torch.Tensor, x: torch.Tensor, low: torch.Tensor, onto: torch.Tensor | None, needs_x: bool = True
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """Gradient of the output -> gradients of x (added to ``onto`` where there is one), A and B."""
+        grad = grad.to(x.dtype)
+        grad_low = (grad @ self.b.to(x.dtype)) * self.scaling  # (T, r)
+        if needs_x:
+            weight = self.weight.to(x.dtype)
+            onto = grad @ weight if onto is None else onto.addmm_(grad, weight)
+            onto.addmm_(grad_low, self.a.to(x.dtype))
+        return onto, (grad_low.T @ x).to(self.a.dtype), (grad.T @ low).mul_(self.scaling).to(self.b.dtype)
+
+
+class LoraLinear(torch.autograd.Function):
+    """A ``Lora`` of x (T, in)."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scaling: float,
-    ) -> torch.Tensor:
-        dtype = compute_dtype(x, weight)
-        x_dtype, x = x.dtype, x.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            out = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))  # (T, out)
-            low = x @ a.to(dtype).T  # (T, r)
-            out.addmm_(low, b.to(dtype).T, alpha=scaling)
-        ctx.save_for_backward(x, weight, a, b, low)
-        ctx.scaling, ctx.x_dtype = scaling, x_dtype
+    def forward(ctx: FunctionCtx, x: torch.Tensor, *lora: Any) -> torch.Tensor:
+        ctx.x_dtype, ctx.scaling = x.dtype, lora[-1]
+        x = x.to(compute_dtype(x, lora[0]))
+        out, low = Lora(*lora).forward(x)
+        ctx.save_for_backward(x, low, *lora[:4])
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, a, b, low = ctx.saved_tensors
-        dtype = x.dtype
-        grad = grad.to(dtype)
-        grad_low = (grad @ b.to(dtype)) * ctx.scaling  # (T, r)
+        x, low, *weights = ctx.saved_tensors
+        lora = Lora(*weights, ctx.scaling)
+        grad_x, grad_a, grad_b = lora.backward(grad, x, low, None, ctx.needs_input_grad[0])
+        return None if grad_x is None else grad_x.to(ctx.x_dtype), None, None, grad_a, grad_b, None
+
+
+class NormedLoras(torch.autograd.Function):
+    """Several ``Lora`` of the same RMS-normed x (T, D) (arXiv:1910.07467, weight frozen), which is not kept."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: torch.Tensor, weight: torch.Tensor, eps: float, *flat: Any) -> Any:
+        loras = [Lora(*flat[i : i + 5]) for i in range(0, len(flat), 5)]
+        ctx.compute, ctx.scalings = compute_dtype(x, loras[0].weight), [lora.scaling for lora in loras]
+        rate = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)  # (T, 1)
+        normed = (weight * (x.float() * rate).to(x.dtype)).to(ctx.compute)
+        outs, lows = zip(*(lora.forward(normed) for lora in loras), strict=True)
+        ctx.save_for_backward(x, weight, rate, *lows, *_tensors(loras))
+        return outs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, rate, *rest = ctx.saved_tensors
+        lows, loras = rest[: len(grads)], _loras(rest[len(grads) :], ctx.scalings)
+        unit = x.float() * rate
+        normed = (weight * unit.to(x.dtype)).to(ctx.compute)
+        grad_normed, of_weights = None, []
+        for grad, low, lora in zip(grads, lows, loras, strict=True):
+            grad_normed, grad_a, grad_b = lora.backward(grad, normed, low, grad_normed, ctx.needs_input_grad[0])
+            of_weights += [None, None, grad_a, grad_b, None]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight.to(dtype)).addmm_(grad_low, a.to(dtype)).to(ctx.x_dtype)
-        grad_a = (grad_low.T @ x).to(a.dtype) if ctx.needs_input_grad[3] else None
-        grad_b = (grad.T @ low).mul_(ctx.scaling).to(b.dtype) if ctx.needs_input_grad[4] else None
-        return grad_x, None, None, grad_a, grad_b, None
+            # y = w u, u = x r:  dx = r (w dy - u mean(u w dy))
+            grad_unit = grad_normed.float().mul_(weight)
+            grad_unit.addcmul_(unit, (unit * grad_unit).mean(-1, keepdim=True), value=-1)
+            grad_x = grad_unit.mul_(rate).to(x.dtype)
+        return grad_x, None, None, *of_weights
+
+
+class SwiGLULora(torch.autograd.Function):
+    """A ``Lora`` of ``silu(gate) * up`` (T, in), which is not kept."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, gate: torch.Tensor, up: torch.Tensor, *lora: Any) -> torch.Tensor:
+        ctx.compute, ctx.scaling = compute_dtype(gate, lora[0]), lora[-1]
+        out, low = Lora(*lora).forward(F.silu(gate).mul_(up).to(ctx.compute))
+        ctx.save_for_backward(gate, up, low, *lora[:4])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up, low, *weights = ctx.saved_tensors
+        inner = F.silu(gate).mul_(up).to(ctx.compute)
+        grad_inner, grad_a, grad_b = Lora(*weights, ctx.scaling).backward(grad, inner, low, None)
+        return *_swiglu_backward(grad_inner.to(gate.dtype), gate, up), None, None, grad_a, grad_b, None
+
+
+def _tensors(loras: Sequence[Lora]) -> list[torch.Tensor | None]:
+    """What can be saved for the backward pass: all but the scalings."""
+    return [tensor for lora in loras for tensor in lora[:4]]
+
+
+def _loras(tensors: Sequence[torch.Tensor | None], scalings: Sequence[float]) -> list[Lora]:
+    return [Lora(*tensors[4 * i : 4 * i + 4], scaling) for i, scaling in enumerate(scalings)]
 
 
 class TokenLogps(torch.autograd.Function):
