@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+import random
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from llava.eval.pope import parse_answer, read_labels
 
-SETS = {"random": "random", "popular": "popular", "adv": "adversarial"}
+SETS = ("random", "popular", "adversarial")
 
 
 def flags(pope_world, golden, folder, name="popular", tokens=4):
@@ -18,6 +25,49 @@ def flags(pope_world, golden, folder, name="popular", tokens=4):
         *("--coco_path", pope_world / "coco", "--pope_path", pope_world / "pope", "--set", name),
         *("--model-path", golden / "tiny-llava-original", "--output_dir", folder, "--max_new_tokens", tokens),
     ]
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def asked_in(pope_world: Path, name: str) -> list[dict[str, Any]]:
+    return lines_of(pope_world / "pope" / f"coco_pope_{name}.json")
+
+
+def distinct(pope_world: Path, *names: str) -> set[tuple[str, str]]:
+    """Pairs of picture and question, read from the files themselves."""
+    return {(row["image"], row["text"]) for name in names for row in asked_in(pope_world, name)}
+
+
+@pytest.fixture
+def counted(monkeypatch) -> dict[str, Any]:
+    """What a run asks of the model: pictures it encodes, questions it is asked, files that are opened."""
+    from llava.eval import answer
+    from llava.eval.answer import Answerer
+    from llava.model.llava_arch import LlavaMetaForCausalLM
+
+    seen: dict[str, Any] = {"encoded": 0, "groups": [], "opened": []}
+    encode, ask, open_image = LlavaMetaForCausalLM.encode_images, Answerer.ask, answer.open_image
+
+    def encoding(self, images, *args):
+        seen["encoded"] += len(images)
+        return encode(self, images, *args)
+
+    def asking(self, pixels, questions, batch_size):
+        seen["groups"].append((len(pixels), len(questions)))
+        if len(seen["groups"]) == seen.get("fails at"):
+            raise KeyboardInterrupt
+        return ask(self, pixels, questions, batch_size)
+
+    def opening(path, where):
+        seen["opened"].append(Path(path).name)
+        return open_image(path, where)
+
+    monkeypatch.setattr(LlavaMetaForCausalLM, "encode_images", encoding)
+    monkeypatch.setattr(Answerer, "ask", asking)
+    monkeypatch.setattr(answer, "open_image", opening)
+    return seen
 
 
 @pytest.fixture(scope="module")
@@ -35,38 +85,82 @@ def answered(pope_world, golden, tmp_path_factory):
     return folder
 
 
+def prompt_of(question: str, human: str = "human") -> str:
+    return (
+        f"A chat between a curious {human} and an artificial intelligence assistant. The assistant gives helpful, "
+        f"detailed, and polite answers to the {human}'s questions. USER: <image>\n{question} ASSISTANT:"
+    )
+
+
+class OneByOne:
+    """The model asked as upstream asks: a question at a time, through ``generate``."""
+
+    def __init__(self, loaded: Any, pope_world: Path) -> None:
+        self.tokenizer, self.model, self.image_processor = loaded
+        self.folder = pope_world / "coco" / "val2014"
+
+    def inputs(self, image: str, question: str) -> tuple[torch.Tensor, torch.Tensor]:
+        from PIL import Image
+
+        from llava.mm_utils import process_images, tokenizer_image_token
+
+        ids = tokenizer_image_token(prompt_of(question), self.tokenizer, return_tensors="pt")[None]
+        with Image.open(self.folder / image) as picture:
+            return ids, process_images([picture], self.image_processor, self.model.config)
+
+    def ids(self, image: str, question: str, tokens: int) -> list[int]:
+        ids, images = self.inputs(image, question)
+        return self.model.generate(ids, images=images, do_sample=False, max_new_tokens=tokens)[0].tolist()
+
+    def text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+@pytest.fixture(scope="module")
+def one_by_one(loaded, pope_world) -> OneByOne:
+    return OneByOne(loaded, pope_world)
+
+
+@pytest.fixture(scope="module")
+def alone(one_by_one, pope_world) -> Iterator[dict[tuple[str, str], list[int]]]:
+    """24 new ids for every question of the three sets, each asked by itself."""
+    return {pair: one_by_one.ids(*pair, 24) for pair in sorted(distinct(pope_world, *SETS))}
+
+
 def test_every_question_is_answered_in_the_files_order(answered, pope_world):
-    for name in SETS.values():
-        rows = [json.loads(line) for line in (answered / f"pope_{name}.jsonl").read_text().splitlines()]
-        file = pope_world / "pope" / f"coco_pope_{name}.json"
-        asked = [json.loads(line) for line in file.read_text().splitlines()]
+    for name in SETS:
+        rows, asked = lines_of(answered / f"pope_{name}.jsonl"), asked_in(pope_world, name)
         assert [(r["question_id"], r["question"]) for r in rows] == [(a["question_id"], a["text"]) for a in asked]
+        assert all(list(r) == ["question_id", "question", "answer", "protocol"] for r in rows)
         assert all(r["answer"] == r["answer"].strip() and "</s>" not in r["answer"] for r in rows)
+        assert {r["protocol"] for r in rows} == {"hadpo"}
     assert not list(answered.glob("*.part*"))
+    card = json.loads((answered / "run_all.json").read_text())
+    assert (card["protocol"], card["arguments"]["conv_mode"]) == ("hadpo", "llava_v1")
 
 
-def test_an_answer_is_the_models_own(answered, pope_world, golden, loaded):
-    from PIL import Image
+@pytest.mark.parametrize("tokens", [1, 4, 24])
+def test_every_answer_is_that_of_its_question_alone(
+    alone, one_by_one, pope_world, golden, tmp_path, run_script, tokens
+):
+    """Greedy ids of a short answer are the first ones of a long one."""
+    code, _, err = run_script("pope_eval", *flags(pope_world, golden, tmp_path, "all", tokens))
+    assert code == 0, err
+    assert len({tuple(ids) for ids in alone.values()}) > 60
+    for name in SETS:
+        said = [row["answer"] for row in lines_of(tmp_path / f"pope_{name}.jsonl")]
+        pairs = [(row["image"], row["text"]) for row in asked_in(pope_world, name)]
+        assert said == [one_by_one.text(alone[pair][:tokens]) for pair in pairs]
 
-    from llava.conversation import conv_templates
-    from llava.mm_utils import process_images, tokenizer_image_token
 
-    tokenizer, model, image_processor = loaded
-    rows = (answered / "pope_random.jsonl").read_text().splitlines()
-    asked = (pope_world / "pope" / "coco_pope_random.json").read_text().splitlines()
-    for index in (0, 7, 359):
-        row, question = json.loads(rows[index]), json.loads(asked[index])
-        conversation = conv_templates["llava_v1"].copy()
-        conversation.append_message("USER", "<image>\n" + question["text"])
-        conversation.append_message("ASSISTANT", None)
-        picture = Image.open(pope_world / "coco" / "val2014" / question["image"])
-        new = model.generate(
-            tokenizer_image_token(conversation.get_prompt(), tokenizer, return_tensors="pt")[None],
-            images=process_images([picture], image_processor, model.config),
-            do_sample=False,
-            max_new_tokens=4,
-        )
-        assert tokenizer.batch_decode(new, skip_special_tokens=True)[0].strip() == row["answer"]
+@pytest.mark.parametrize(("name", "names"), [("all", SETS), ("adv", ("adversarial",))])
+def test_nothing_is_seen_or_asked_twice(counted, pope_world, golden, tmp_path, run_script, name, names):
+    code, _, err = run_script("pope_eval", *flags(pope_world, golden, tmp_path, name, 1))
+    assert code == 0, err
+    assert counted["encoded"] == 60
+    assert sorted(counted["opened"]) == sorted({image for image, _ in distinct(pope_world, *names)})
+    assert sum(questions for _, questions in counted["groups"]) == len(distinct(pope_world, *names))
+    assert max(questions for _, questions in counted["groups"]) <= 48
 
 
 def test_both_scripts_give_the_same_numbers(answered, pope_world, run_script):
@@ -79,8 +173,8 @@ def test_both_scripts_give_the_same_numbers(answered, pope_world, run_script):
     scored = json.loads(out)
     card = json.loads((answered / "run_all.json").read_text())
     assert scored == card["metrics"]
-    for name in SETS.values():
-        rows = [json.loads(line) for line in (answered / f"pope_{name}.jsonl").read_text().splitlines()]
+    for name in SETS:
+        rows = lines_of(answered / f"pope_{name}.jsonl")
         labels = read_labels(pope_world / "pope" / f"coco_pope_{name}.json")
         right = sum(parse_answer(r["answer"]) == labels[r["question_id"]].label for r in rows)
         assert scored[name]["accuracy"] == pytest.approx(right / 360)
@@ -91,43 +185,217 @@ def test_two_processes_write_the_same_file(answered, pope_world, golden, tmp_pat
     command = [*torchrun, "pope_eval.py", *map(str, flags(pope_world, golden, tmp_path, "all"))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    for name in SETS.values():
+    for name in SETS:
         assert (tmp_path / f"pope_{name}.jsonl").read_bytes() == (answered / f"pope_{name}.jsonl").read_bytes()
     assert done.stdout.count("| Model | Set |") == 1  # rank 0 speaks
 
 
-def test_larger_batches_give_the_same_answers(answered, pope_world, golden, tmp_path, run_script):
-    code, _, err = run_script("pope_eval", *flags(pope_world, golden, tmp_path, "random"), "--batch_size", 11)
-    assert code == 0, err
-    assert (tmp_path / "pope_random.jsonl").read_bytes() == (answered / "pope_random.jsonl").read_bytes()
-
-
-def test_a_killed_run_goes_on(answered, pope_world, golden, tmp_path, run_script, monkeypatch):
-    """One question at a time; half-way the power fails; the second run asks only what is missing. Same file."""
-    from llava.eval.answer import Answerer
-
-    asked = []
-    answer = Answerer.answer
-
-    def failing(self, questions):
-        asked.append(len(questions))
-        if len(asked) == 100:
-            raise KeyboardInterrupt
-        return answer(self, questions)
-
-    monkeypatch.setattr(Answerer, "answer", failing)
-    command = [*flags(pope_world, golden, tmp_path, "random"), "--batch_size", 1]
-    with pytest.raises(KeyboardInterrupt):
-        run_script("pope_eval", *command)
-    (part,) = tmp_path.glob("pope_random.*.part0.jsonl")
-    assert len(part.read_text().splitlines()) == 100  # the key and 99 answers
-    assert not (tmp_path / "pope_random.jsonl").exists()
-    with part.open("a") as file:
-        file.write('{"question_id": 100, "ques')  # and the last line was cut off
+@pytest.mark.parametrize("size", [1, 11])
+def test_other_numbers_at_a_time_give_the_same_answers(
+    counted, answered, pope_world, golden, tmp_path, run_script, size
+):
+    command = [*flags(pope_world, golden, tmp_path, "random"), "--batch_size", size]
     code, _, err = run_script("pope_eval", *command)
     assert code == 0, err
-    assert len(asked) == 100 + 261
     assert (tmp_path / "pope_random.jsonl").read_bytes() == (answered / "pope_random.jsonl").read_bytes()
+    assert set(counted["groups"]) == {(1, 6)}  # a picture is never parted, two do not fit
+    assert counted["encoded"] == (360 if size == 1 else 60)
+
+
+def test_models_that_cannot_compute_trees_are_asked_by_rows(answered, pope_world, golden, tmp_path, run_script):
+    command = [*flags(pope_world, golden, tmp_path, "random"), "--attn_implementation", "eager"]
+    code, _, err = run_script("pope_eval", *command)
+    assert code == 0, err
+    assert "note: questions are asked by separate rows: attn_implementation eager" in err
+    assert (tmp_path / "pope_random.jsonl").read_bytes() == (answered / "pope_random.jsonl").read_bytes()
+
+
+def test_a_killed_run_goes_on(counted, answered, pope_world, golden, tmp_path, run_script):
+    """Half-way the power fails; the second run asks only what is missing. Same files."""
+    command = [*flags(pope_world, golden, tmp_path, "all"), "--batch_size", 25]
+    counted["fails at"] = 20
+    with pytest.raises(KeyboardInterrupt):
+        run_script("pope_eval", *command)
+    kept = 0
+    for name in SETS:
+        (part,) = tmp_path.glob(f"pope_{name}.*.part0.jsonl")
+        rows = part.read_text().splitlines()
+        kept += len(rows) - 1  # without the key
+        assert not (tmp_path / f"pope_{name}.jsonl").exists()
+    groups, pictures = len(counted["groups"]), sum(number for number, _ in counted["groups"][:-1])
+    assert kept == 18 * pictures  # every set asks six questions about a picture
+    # The last line of one set was cut off: its picture's group is asked again, and no line is written twice.
+    part.write_text("\n".join(rows[:-1]) + "\n" + rows[-1][:40])
+    code, _, err = run_script("pope_eval", *command)
+    assert code == 0, err
+    assert counted["groups"][groups] == counted["groups"][groups - 2]
+    again = sum(number for number, _ in counted["groups"][groups:])
+    assert again == 60 - pictures + counted["groups"][groups][0]
+    for name in SETS:
+        assert (tmp_path / f"pope_{name}.jsonl").read_bytes() == (answered / f"pope_{name}.jsonl").read_bytes()
+    assert not list(tmp_path.glob("*.part*"))
+
+
+@pytest.mark.parametrize(
+    "more", [("--scores",), ("--prompt", "llava", "--conv-mode", "llava_v1"), ("--batch_size", 13)]
+)
+def test_other_settings_begin_afresh(counted, pope_world, golden, tmp_path, run_script, more):
+    command = flags(pope_world, golden, tmp_path, "random", 1)
+    counted["fails at"] = 3
+    with pytest.raises(KeyboardInterrupt):
+        run_script("pope_eval", *command)
+    code, _, err = run_script("pope_eval", *command, *more)
+    assert code == 0, err
+    assert sum(questions for _, questions in counted["groups"][3:]) == 360
+    assert len(list(tmp_path.glob("*.part*"))) == 1  # the killed run's: it can still go on
+
+
+def test_a_broken_picture_takes_only_its_own_questions_along(answered, pope_world, golden, tmp_path, run_script):
+    folder = tmp_path / "coco"
+    shutil.copytree(pope_world / "coco" / "val2014", folder)
+    broken = asked_in(pope_world, "random")[30]["image"]
+    (folder / broken).write_bytes((folder / broken).read_bytes()[:200])
+    command = flags(pope_world, golden, tmp_path / "out", "all")
+    command[1] = folder
+    code, _, err = run_script("pope_eval", *command)
+    assert code == 2 and err.strip().splitlines()[-1].startswith("error: ") and broken in err
+    code, _, err = run_script("pope_eval", *command, "--skip_missing_images")
+    assert code == 0, err
+    assert sum("its questions are left out" in line for line in err.splitlines()) == 1
+    for name in SETS:
+        images = {row["question_id"]: row["image"] for row in asked_in(pope_world, name)}
+        whole = [r for r in lines_of(answered / f"pope_{name}.jsonl") if images[r["question_id"]] != broken]
+        assert len(whole) == 354 and lines_of(tmp_path / "out" / f"pope_{name}.jsonl") == whole
+
+
+def test_the_prompt_of_llava(pope_world, golden, tmp_path, run_script, monkeypatch):
+    """What LLaVA's model_vqa_loader.py makes of llava_pope_test.jsonl; the bare question is written down."""
+    from llava.eval import answer
+
+    prompts = []
+    tokenize = answer.tokenizer_image_token
+    monkeypatch.setattr(
+        answer, "tokenizer_image_token", lambda text, tokenizer: prompts.append(text) or tokenize(text, tokenizer)
+    )
+    code, _, err = run_script("pope_eval", *flags(pope_world, golden, tmp_path, "random", 1), "--prompt", "llava")
+    assert code == 0, err
+    asked = asked_in(pope_world, "random")
+    suffix = "\nAnswer the question using a single word or phrase."
+    assert prompts == [prompt_of(row["text"] + suffix, "user") for row in asked]
+    rows = lines_of(tmp_path / "pope_random.jsonl")
+    assert [(r["question"], r["protocol"]) for r in rows] == [(a["text"], "llava") for a in asked]
+    card = json.loads((tmp_path / "run_random.json").read_text())
+    assert (card["protocol"], card["arguments"]["conv_mode"]) == ("llava", "vicuna_v1")
+
+    labels = pope_world / "pope" / "coco_pope_random.json"
+    code, out, err = run_script("evaluate_pope", "--answers", tmp_path / "pope_random.jsonl", "--labels", labels)
+    assert code == 0 and "| random |" in out, err
+
+    prompts.clear()
+    more = ("--prompt", "llava", "--conv-mode", "llava_v1")
+    code, _, err = run_script("pope_eval", *flags(pope_world, golden, tmp_path, "random", 1), *more)
+    assert code == 0, err
+    assert prompts == [prompt_of(row["text"] + suffix, "human") for row in asked]
+
+
+@pytest.mark.parametrize(("tokens", "size"), [(4, ()), (1, ("--batch_size", 1))])
+def test_scores_are_the_softmax_of_the_first_logits(
+    one_by_one, answered, pope_world, golden, tmp_path, run_script, tokens, size
+):
+    """SentencePiece's pieces behind "ASSISTANT:"; this small vocabulary writes "yes" as two, and the first counts."""
+    command = [*flags(pope_world, golden, tmp_path, "popular", tokens), "--scores", *size]
+    code, _, err = run_script("pope_eval", *command)
+    assert code == 0, err
+    rows, asked = lines_of(tmp_path / "pope_popular.jsonl"), asked_in(pope_world, "popular")
+    if tokens == 4:
+        assert [r["answer"] for r in rows] == [r["answer"] for r in lines_of(answered / "pope_popular.jsonl")]
+    tokenizer = one_by_one.tokenizer
+    yes, no = (tokenizer.convert_tokens_to_ids(pieces) for pieces in (["▁Yes", "▁y"], ["▁No", "▁no"]))
+    assert tokenizer.unk_token_id not in [*yes, *no]
+    for number in random.Random(0).sample(range(360), 40):
+        ids, images = one_by_one.inputs(asked[number]["image"], asked[number]["text"])
+        with torch.no_grad():
+            p = one_by_one.model(ids, images=images).logits[0, -1].double().softmax(-1)
+        want = float(p[yes].sum() / (p[yes].sum() + p[no].sum()))
+        assert rows[number]["score"] == pytest.approx(want, abs=1e-5)
+    scores = [row["score"] for row in rows]
+    assert all(0 < score < 1 and math.isfinite(score) for score in scores) and len(set(scores)) > 100
+
+
+def test_first_tokens_where_nothing_stands_between(loaded):
+    """A byte-level tokenizer that writes no space in front of an answer, and one that cannot tell yes from no."""
+    from llava.conversation import conv_templates
+    from llava.errors import UserError
+    from llava.eval.answer import Answerer
+
+    class Bytes:
+        bos_token_id = eos_token_id = unk_token_id = None
+        pad_token_id = 0
+
+        def __init__(self, first: str) -> None:
+            self.first = first
+
+        def __call__(self, text, add_special_tokens=True):
+            from types import SimpleNamespace
+
+            for word in ("Yes", "yes", "No", "no"):
+                text = text.replace(word, self.first + word)
+            return SimpleNamespace(input_ids=list(text.encode()))
+
+        def convert_tokens_to_ids(self, token):
+            return 1
+
+    _, model, image_processor = loaded
+    found = Answerer(model, Bytes(""), image_processor, conv_templates["qwen"], scores=True).yes_no
+    assert found == ([ord("Y"), ord("y")], [ord("N"), ord("n")])
+    with pytest.raises(UserError, match="begins 'Yes' and 'No' with the same token"):
+        Answerer(model, Bytes("_"), image_processor, conv_templates["qwen"], scores=True)
+
+
+def test_pictures_are_grouped_whole_and_in_order():
+    from llava.eval.pope_run import Picture, in_groups
+
+    numbers = [6, 10, 12, 3, 2, 30, 1]
+    pictures = [Picture(str(i), "", {f"{i} {n}": [] for n in range(count)}) for i, count in enumerate(numbers)]
+    sizes = {size: [[len(p.asked) for p in group] for group in in_groups(pictures, size)] for size in (1, 16, 17, 1000)}
+    assert sizes[1] == [[n] for n in numbers]
+    assert sizes[16] == [[6, 10], [12, 3], [2], [30], [1]]
+    assert sizes[17] == [[6, 10], [12, 3, 2], [30], [1]]
+    assert sizes[1000] == [numbers]
+
+
+def test_questions_at_a_time_follow_the_card_and_not_who_else_uses_it(loaded, monkeypatch):
+    from llava.conversation import conv_templates
+    from llava.eval.answer import Answerer, default_batch_size
+
+    tokenizer, model, image_processor = loaded
+    answerer = Answerer(model, tokenizer, image_processor, conv_templates["llava_v1"], max_new_tokens=8)
+    assert default_batch_size(answerer, on_cuda=False) == 48
+    # Two layers, keys and values of four heads of 16 float32 numbers; a picture's 16 + 64 tokens and six answers of 40.
+    a_picture = 2 * 2 * 64 * 4 * (model.get_vision_tower().num_features + 64 + 6 * 40)
+    weights = sum(p.nbytes for p in model.parameters())
+    for free in (0, 10**9):
+        total = 3 * (4 * a_picture + 5) + weights
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free, total=total: (free, total))
+        assert default_batch_size(answerer, on_cuda=True) == 24
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, weights))
+    assert default_batch_size(answerer, on_cuda=True) == 6
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 10**12))
+    assert default_batch_size(answerer, on_cuda=True) == 96
+
+
+def test_running_out_of_memory_names_the_flag(pope_world, golden, tmp_path, run_script, monkeypatch):
+    from llava.eval.answer import Answerer
+
+    def failing(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Answerer, "ask", failing)
+    code, _, err = run_script("pope_eval", *flags(pope_world, golden, tmp_path), "--batch_size", 12)
+    assert code == 2
+    assert err.strip().splitlines()[-1] == (
+        "error: out of memory with 12 questions about 2 picture(s) at a time; pass a --batch_size below 12"
+    )
 
 
 def test_parts_of_another_run_are_not_used(pope_world, golden, tmp_path, run_script):
