@@ -65,7 +65,7 @@ def main() -> int:
     for group in (rows[:4], rows[4:]):
         chosen = [row for row in group if args.only in f"{row.work} {row.against}"]
         if chosen:
-            records += duel.run(contenders, chosen, args.rounds)
+            records += duel.run(contenders, chosen, args.rounds, args.threads)
     return duel.report(records, args.json)
 
 

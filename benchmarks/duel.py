@@ -57,17 +57,18 @@ class Row:
 class InProcess:
     """A contender in this process."""
 
-    def __init__(self, make: Maker) -> None:
+    def __init__(self, make: Maker, threads: int | None = None) -> None:
         self.contender = make()
 
     def ask(self, what: str) -> Any:
-        """``step`` -> seconds, ``first`` -> (seconds, results), ``peak`` -> bytes."""
+        """``first`` -> results, ``step`` -> seconds on the clock and of the processor, ``peak`` -> bytes."""
         if what == "peak":
             return peak_memory()
-        start = time.perf_counter()
+        clock, processor = time.perf_counter(), time.process_time()
         results = self.contender.step()
-        seconds = time.perf_counter() - start
-        return (seconds, plain(results)) if what == "first" else seconds
+        if what == "first":
+            return plain(results)
+        return time.perf_counter() - clock, time.process_time() - processor
 
     def close(self) -> None:
         pass
@@ -76,10 +77,10 @@ class InProcess:
 class Worker:
     """A contender in a process of its own."""
 
-    def __init__(self, make: Maker) -> None:
+    def __init__(self, make: Maker, threads: int = THREADS) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
-        self.process = context.Process(target=_serve, args=(other, make), daemon=True)
+        self.process = context.Process(target=_serve, args=(other, make, threads), daemon=True)
         self.process.start()
         other.close()
         self._answer()  # built
@@ -103,19 +104,19 @@ class Worker:
         self.process.join()
 
 
-def _serve(pipe: Any, make: Maker) -> None:
+def _serve(pipe: Any, make: Maker, threads: int) -> None:
     import warnings
 
     import torch
 
     warnings.simplefilter("ignore")  # deprecations of the libraries' own making
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(threads)
     try:
         here = InProcess(make)
         pipe.send((False, None))
         while True:
             pipe.send((False, here.ask(pipe.recv())))
-    except EOFError:  # the parent has closed its end
+    except (EOFError, BrokenPipeError):  # the parent has closed its end
         pass
     except BaseException:
         pipe.send((True, traceback.format_exc()))
@@ -183,7 +184,11 @@ class MatrixProducts:
 
 
 def run(
-    contenders: dict[str, Maker], rows: Sequence[Row], rounds: int, in_process: bool = False
+    contenders: dict[str, Maker],
+    rows: Sequence[Row],
+    rounds: int,
+    threads: int = THREADS,
+    in_process: bool = False,
 ) -> list[dict[str, Any]]:
     """Let all contenders of ``rows`` step in turns; one record a row (see ``table``)."""
     start = InProcess if in_process else Worker
@@ -191,53 +196,60 @@ def run(
     running: dict[str, Any] = {}
     try:
         for name in used:
-            running[name] = start(contenders[name])
-        results = {name: running[name].ask("first")[1] for name in used}
-        gemm = start(MatrixProducts)
-        running["matrix products"] = gemm
-        gemm.ask("first")
-        times: dict[str, list[float]] = {name: [] for name in used}
-        gemm_times: list[float] = []
+            running[name] = start(contenders[name], threads)
+        results = {name: running[name].ask("first") for name in used}
+        products = running["matrix products"] = start(MatrixProducts, threads)
+        products.ask("first")
+        fastest = math.inf
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in used}
         for number in range(rounds):
-            gemm_times += [gemm.ask("step") for _ in range(5)]
+            fastest = min(fastest, *(products.ask("step")[0] for _ in range(5)))
             for name in used:
                 times[name].append(running[name].ask("step"))
-            shown = ", ".join(f"{name} {times[name][-1]:.2f} s" for name in used)
+            shown = ", ".join(f"{name} {times[name][-1][0]:.2f} s" for name in used)
             print(f"round {number + 1}/{rounds}: {shown}", file=sys.stderr, flush=True)
         peaks = {name: running[name].ask("peak") for name in used}
     finally:
         for worker in running.values():
             worker.close()
-    matmul_peak = 2 * GEMM_SIZE**3 / min(gemm_times)
-    return [_record(row, times, peaks, results, matmul_peak) for row in rows]
+    conditions = {
+        "matmul_peak_flops": 2 * GEMM_SIZE**3 / fastest,
+        "machine": machine(threads),
+        "versions": {name: version_of(name) for name in ("torch", "transformers", "peft", "trl")},
+    }
+    return [_record(row, times, peaks, results) | _speed(row, times, conditions) for row in rows]
 
 
 def _record(
     row: Row,
-    times: dict[str, list[float]],
+    times: dict[str, list[tuple[float, float]]],
     peaks: dict[str, int],
     results: dict[str, dict[str, Any]],
-    matmul_peak: float,
 ) -> dict[str, Any]:
-    ours, theirs = statistics.median(times[row.ours]), statistics.median(times[row.theirs])
+    """Seconds are medians [ours, theirs]; processor seconds are those of all threads, idle loops included."""
+    clock, processor = (
+        [statistics.median(t[i] for t in times[name]) for name in (row.ours, row.theirs)] for i in (0, 1)
+    )
+    peak_bytes = [peaks[row.ours], peaks[row.theirs]]
     apart = differences(results[row.ours], results[row.theirs])
     return {
         "work": row.work,
         "against": row.against,
-        "ratio": theirs / ours,
-        "memory_ratio": peaks[row.ours] / peaks[row.theirs],
+        "ratio": clock[1] / clock[0],
+        "memory_ratio": peak_bytes[0] / peak_bytes[1],
         "agrees": all(value <= 1 for value in apart.values()),
-        "seconds": [ours, theirs],
-        "all_seconds": [times[row.ours], times[row.theirs]],
-        "peak_bytes": [peaks[row.ours], peaks[row.theirs]],
         "apart": apart,
         "loss": results[row.ours].get("loss"),
-        "useful_flops": row.flops,
-        "matmul_peak_flops": matmul_peak,
-        "share_of_peak": row.flops / ours / matmul_peak,
-        "machine": machine(),
-        "versions": {name: version_of(name) for name in ("torch", "transformers", "peft", "trl")},
+        "seconds": clock,
+        "processor_seconds": processor,
+        "all_seconds": [[t[0] for t in times[name]] for name in (row.ours, row.theirs)],
+        "peak_bytes": peak_bytes,
     }
+
+
+def _speed(row: Row, times: dict[str, list[tuple[float, float]]], conditions: dict[str, Any]) -> dict[str, Any]:
+    rate = row.flops / statistics.median(t[0] for t in times[row.ours])
+    return {"useful_flops": row.flops, "share_of_peak": rate / conditions["matmul_peak_flops"], **conditions}
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
@@ -266,11 +278,11 @@ once a picture, forward and the gradient products that what trains needs; nothin
 """
 
 
-def machine() -> str:
+def machine(threads: int) -> str:
     """The processor and what of it is used."""
     cpu = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", cpu.read_text()) if cpu.exists() else None
-    return f"{found[1] if found else platform.processor()}, {THREADS} of {os.cpu_count()} threads, float32"
+    return f"{found[1] if found else platform.processor()}, {threads} of {os.cpu_count()} threads, float32"
 
 
 def version_of(name: str) -> str | None:
@@ -285,6 +297,7 @@ def options(description: str, rounds: int = 5) -> argparse.ArgumentParser:
     """The flags that all benchmarks share."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=rounds, help="steps a contender is timed")
+    parser.add_argument("--threads", type=int, default=THREADS, help="of every contender")
     parser.add_argument("--json", type=Path, help="file for the table's rows")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data")
     parser.add_argument("--tiny", action="store_true", help="a toy model, to see whether everything runs")

@@ -38,7 +38,7 @@ def main() -> int:
         "full logits",
         flops.pretrain(geometry, amount),
     )
-    return duel.report(duel.run(contenders, [row], args.rounds), args.json)
+    return duel.report(duel.run(contenders, [row], args.rounds, args.threads), args.json)
 
 
 if __name__ == "__main__":

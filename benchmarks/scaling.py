@@ -118,7 +118,7 @@ def main() -> int:
     parser = duel.options(__doc__, rounds=3)
     parser.add_argument("--png", type=Path, default=Path("docs/scaling.png"), help="the chart")
     args = parser.parse_args()
-    torch.set_num_threads(duel.THREADS)
+    torch.set_num_threads(args.threads)
     geometry = TINY if args.tiny else REAL
     series = all_series(geometry, args.seed)
     seconds = measure(series, geometry, args.seed, args.rounds)
@@ -131,7 +131,7 @@ def main() -> int:
         for value, t in zip(one.values, taken, strict=True):
             print(f"| {one.name} | {value} | {one.pairs} | {t / one.pairs:.3f} | {next(predicted) / one.pairs:.3f} |")
     each = ", ".join(f"{coefficient * 1e6:.4g} us x {term}" for coefficient, term in zip(law, TERMS, strict=True))
-    print(f"\nseconds of a step = {each}; R2 {r2:.4f}\n{duel.machine()}")
+    print(f"\nseconds of a step = {each}; R2 {r2:.4f}\n{duel.machine(args.threads)}")
     draw(series, seconds, law, geometry, args.png)
     if args.json is not None:
         points = [
@@ -141,7 +141,12 @@ def main() -> int:
         ]
         write_json(
             args.json,
-            {"law": dict(zip(TERMS, law, strict=True)), "r2": r2, "points": points, "machine": duel.machine()},
+            {
+                "law": dict(zip(TERMS, law, strict=True)),
+                "r2": r2,
+                "points": points,
+                "machine": duel.machine(args.threads),
+            },
         )
     return 0
 

@@ -17,6 +17,16 @@ DESCRIPTIONS = partial(examples.descriptions, TINY, 2, 0)
 QUESTIONS = partial(examples.questions, TINY, 4, 0, 2)
 
 
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Toys are fastest on one thread."""
+    monkeypatch.setattr(duel, "GEMM_SIZE", 64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def test_both_models_are_one():
     assert logit_difference(TINY) < 1e-5
 
@@ -82,11 +92,6 @@ def test_useful_operations_are_those_that_run():
         amount = flops.Amount.of(steps.our_inputs(data, TINY))
         expected = useful(TINY, amount._replace(attended=0, queries_attended=0))
         assert products(contender(TINY, data)) == pytest.approx(expected, rel=0.01)
-
-
-@pytest.fixture(autouse=True)
-def small_products(monkeypatch):
-    monkeypatch.setattr(duel, "GEMM_SIZE", 64)
 
 
 class Constant:
