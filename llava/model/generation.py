@@ -61,6 +61,7 @@ def rules(model: Any, settings: GenerationConfig, tokenizer: Any) -> Rules | str
         return f"generation_config.json asks for {mode.value}"
     if config.max_time is not None:
         return "generation_config.json sets max_time"
+    model._prepare_special_tokens(config, device=model.device)  # some processors are made only where it knows the ends
     processors = model._get_logits_processor(config, input_ids_seq_length=0, device=model.device)
     if foreign := [type(p).__name__ for p in processors if not isinstance(p, ROW_WISE)]:
         return f"generation_config.json brings {', '.join(foreign)}"
