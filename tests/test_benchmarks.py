@@ -6,6 +6,7 @@ import json
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -92,6 +93,17 @@ def test_useful_operations_are_those_that_run():
         amount = flops.Amount.of(steps.our_inputs(data, TINY))
         expected = useful(TINY, amount._replace(attended=0, queries_attended=0))
         assert products(contender(TINY, data)) == pytest.approx(expected, rel=0.01)
+
+
+def test_law_is_found_and_never_negative():
+    from benchmarks.scaling import fit
+
+    generator = np.random.default_rng(0)
+    terms = generator.uniform(1, 10, (12, 4))
+    law, r2 = fit(terms, terms @ [1.0, 2.0, 3.0, 4.0])
+    assert law == pytest.approx([1, 2, 3, 4]) and r2 == pytest.approx(1)
+    law, _ = fit(terms, terms @ [5.0, -0.1, 1.0, 1.0])
+    assert law[1] == 0 and (law >= 0).all()
 
 
 class Constant:
