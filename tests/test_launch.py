@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -193,6 +194,23 @@ def test_a_whole_model_trains_under_zero3_with_a_partitioned_reference(golden, t
     got, want = read_model_weights(tmp_path / "z3"), read_model_weights(tmp_path / "one")
     assert got.keys() == want.keys()
     assert max((got[key] - want[key]).abs().max().item() for key in want) < 1e-4
+
+
+def test_a_reference_and_features_are_kept_under_zero3(golden, tmp_path, alone):
+    """Partitioned weights, both ranks filling the caches, and every parameter but the tower's training."""
+    flags = SMALL.format(golden=golden, out=tmp_path / "kept", batch=2).replace("--lora_enable True", "").split()
+    launch(
+        *(BIN / "deepspeed", "--num_gpus", 2, "--master_port", 29879, "train_dpo.py", *flags),
+        *("--deepspeed", "zero_configs/zero3.json", "--feature_cache", tmp_path / "features"),
+        *("--reference", "cache", "--reference_cache", tmp_path / "reference.jsonl"),
+    )
+    assert len((tmp_path / "reference.jsonl").read_text().splitlines()) >= 1 + 8
+    assert len(list((tmp_path / "features").glob("*/*.safetensors"))) == 8
+    # Only the first step knows the base alone: its numbers are those of any run on these pairs.
+    mine, theirs = logs_of(tmp_path / "kept")[0], logs_of(alone)[0]
+    assert mine["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    for key in ("logps/chosen", "logps/rejected", "rewards/margins"):
+        assert mine[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-3)
 
 
 def test_deepspeed_needs_no_launcher(golden, tmp_path):
