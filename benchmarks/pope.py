@@ -238,11 +238,12 @@ def main() -> int:
                 "theirs": partial(Theirs, geometry, sample, texts, tokens, args.seed),
             }
             row = duel.Row(work, against, "ours", "theirs", useful(geometry, world, tokens))
-            (record,) = duel.run(contenders, [row], args.rounds)
+            (record,) = duel.run(contenders, [row], args.rounds, args.threads)
             scale = len(asked) / number
             record["ratio"] *= scale
-            record["seconds"] = [record["seconds"][0], record["seconds"][1] * scale]
-            record["all_seconds"] = [record["all_seconds"][0], [s * scale for s in record["all_seconds"][1]]]
+            for kind in ("seconds", "processor_seconds"):
+                record[kind][1] *= scale
+            record["all_seconds"][1] = [seconds * scale for seconds in record["all_seconds"][1]]
             record["questions"] = {"asked": len(asked), "compared": number}
             records.append(record)
     return duel.report(records, args.json)
