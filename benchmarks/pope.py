@@ -186,7 +186,7 @@ class Theirs:
 def useful(geometry: Geometry, world: World, tokens: int) -> float:
     """Operations of distinct questions, each shared beginning once; every token but an answer's last is fed again."""
     from llava.constants import IMAGE_TOKEN_INDEX
-    from llava.eval.prompts import pack_prompts
+    from llava.data.packing import pack_prompts
     from llava.mm_utils import tokenizer_image_token
 
     tokenizer = tokenizer_of(geometry, [prompt_of(text) for *_, text in world.asked])

@@ -127,7 +127,7 @@ def one_row(tmp_path, theirs) -> tuple[int, dict]:
 def test_rows_of_a_run(tmp_path, capsys):
     code, row = one_row(tmp_path, Constant)
     assert code == 0 and row["work"] == "work" and row["against"] == "peer" and row["agrees"] is True
-    assert row["ratio"] > 0 and row["memory_ratio"] > 0 and row["share_of_peak"] > 0
+    assert row["ratio"] > 0 and row["memory_ratio"] > 0 and row["share_of_matmul"] > 0
     assert row.keys() >= {"seconds", "peak_bytes", "machine", "versions"}
     assert "| work | peer |" in capsys.readouterr().out
 

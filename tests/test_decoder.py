@@ -10,7 +10,7 @@ import torch
 
 from llava.data.collate import Collator, Example, PreferenceExample
 from llava.data.packing import pack_batch
-from llava.model import llava_arch
+from llava.model import decoder, llava_arch
 from llava.model.builder import load_pretrained_model
 from llava.model.decoder import why_not
 from llava.train.trainable import add_lora, switch_on
@@ -132,6 +132,27 @@ def test_rows_are_cut_as_separate_ones_are(golden, pairs, limit):
         together = model(**packed(pairs, model, limit)).scores
     assert together.counts.tolist() == apart.counts.tolist()
     torch.testing.assert_close(together.logps, apart.logps, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [2048, 66, 20])
+def test_trees_in_stretches_are_the_same_trees(golden, pairs, monkeypatch, limit):
+    model = add_lora(load_pretrained_model(str(golden / "tiny-llava-original"), None)[1], Lora)
+    switch_on(model, {"lora", "projector"})
+    model.train()
+    weights = torch.randn(16, generator=torch.Generator().manual_seed(1))
+    batch = packed(pairs, model, limit)
+    counts = [tree[3] for tree in batch["rows"]["trees"]]
+    assert (0 in counts) is (limit < 2048)  # rows that were cut before their labels
+    monkeypatch.setattr(decoder, "TOKENS_AT_A_TIME", 10**6)
+    together = run(model, batch, weights)
+    ran = []
+    original = decoder._run_stretch
+    monkeypatch.setattr(decoder, "_run_stretch", lambda *args: ran.append(1) or original(*args))
+    monkeypatch.setattr(decoder, "TOKENS_AT_A_TIME", 150)
+    apart = run(model, batch, weights)
+    assert 1 < len(ran) < len(counts) or limit == 2048
+    torch.testing.assert_close(apart[0], together[0], rtol=1e-6, atol=1e-5)
+    check_gradients(apart[2], together[2])
 
 
 def test_what_another_forward_has_computed_is_taken_over(loaded, pairs, monkeypatch):

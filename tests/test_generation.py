@@ -10,8 +10,8 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from llava.constants import IMAGE_TOKEN_INDEX
+from llava.data.packing import pack_prompts
 from llava.errors import UserError
-from llava.eval.prompts import pack_prompts
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.model.generation import Rules, grow_answers, look_back, rules

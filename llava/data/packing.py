@@ -16,7 +16,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
@@ -54,6 +54,16 @@ class _Stream:
     image_at: list[int] = field(default_factory=list)
     features: list[int] = field(default_factory=list)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As in ``PackedRows``."""
+        return {
+            "input_ids": torch.tensor(self.ids),
+            "position_ids": torch.tensor(self.positions),
+            "subtree_end": torch.tensor(self.subtree_end),
+            "image_at": torch.tensor(self.image_at, dtype=torch.long),
+            "feature_index": torch.tensor(self.features, dtype=torch.long),
+        }
+
 
 def pack(
     rows: Sequence[Sequence[Symbol]],
@@ -66,13 +76,7 @@ def pack(
     A picture stands for ``tokens_per_image`` tokens; rows are cut to ``max_length`` tokens with pictures expanded, as
     the splice of separate rows does.
     """
-    stream, trees = _Stream(), []
-    paths: dict[int, list[int]] = {}  # row -> the stream position of each of its symbols (its last token)
-    for members in _groups(rows):
-        start = len(stream.ids)
-        trunk_end = _grow(stream, rows, members, tokens_per_image, max_length, paths)
-        trees.append([start, trunk_end, len(stream.ids)])
-
+    stream, trees, paths = _plant(rows, tokens_per_image, max_length)
     pairs: dict[tuple[int, int], int] = {}
     label_index, label_row = [], []
     for number, (row, path) in enumerate(zip(labels, (paths[i] for i in range(len(rows))), strict=True)):
@@ -88,11 +92,7 @@ def pack(
     row_of_label = torch.tensor(label_row, dtype=torch.long)
     return PackedRows(
         label_counts=torch.bincount(row_of_label, minlength=len(rows)),
-        input_ids=torch.tensor(stream.ids),
-        position_ids=torch.tensor(stream.positions),
-        subtree_end=torch.tensor(stream.subtree_end),
-        image_at=torch.tensor(stream.image_at, dtype=torch.long),
-        feature_index=torch.tensor(stream.features, dtype=torch.long),
+        **stream.tensors(),
         queries=torch.tensor(queries),
         label_at=torch.tensor([place[at] for at, _ in pairs], dtype=torch.long),
         targets=torch.tensor([target for _, target in pairs], dtype=torch.long),
@@ -100,6 +100,37 @@ def pack(
         label_row=row_of_label,
         trees=trees,
     )
+
+
+def pack_prompts(rows: Sequence[Sequence[Symbol]], tokens_per_image: int, max_length: int | None) -> dict[str, Any]:
+    """Prompts that wait for an answer -> a stream whose queries are their last tokens, in the order of ``rows``.
+
+    Rows about one picture must stand together.
+    """
+    stream, trees, paths = _plant(rows, tokens_per_image, max_length)
+    queries = torch.tensor([paths[number][-1] for number in range(len(rows))])
+    counts = [sum(start <= query < end for query in queries.tolist()) for start, _, end in trees]
+    return {
+        **stream.tensors(),
+        "queries": queries,
+        "trees": [[*tree, count] for tree, count in zip(trees, counts, strict=True)],
+    }
+
+
+def _plant(
+    rows: Sequence[Sequence[Symbol]], tokens_per_image: int, max_length: int | None
+) -> tuple[_Stream, list[list[int]], dict[int, list[int]]]:
+    """All trees: the stream, of each tree its start, its trunk's end and its end, and of each row its path.
+
+    A path holds the stream position of every symbol of the row (of a picture, its last token).
+    """
+    stream, trees = _Stream(), []
+    paths: dict[int, list[int]] = {}
+    for members in _groups(rows):
+        start = len(stream.ids)
+        trunk_end = _grow(stream, rows, members, tokens_per_image, max_length, paths)
+        trees.append([start, trunk_end, len(stream.ids)])
+    return stream, trees, paths
 
 
 def _groups(rows: Sequence[Sequence[Symbol]]) -> list[list[int]]:

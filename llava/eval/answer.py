@@ -15,9 +15,9 @@ from transformers import GenerationConfig
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
 from llava.data.images import open_image
+from llava.data.packing import pack_prompts
 from llava.data.supervision import wrap_image_tokens
 from llava.errors import UserError
-from llava.eval.prompts import pack_prompts
 from llava.mm_utils import preprocess_image, tokenizer_image_token
 from llava.model.generation import Rules, grow_answers, merged_config, rules
 
