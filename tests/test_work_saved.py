@@ -227,6 +227,26 @@ def test_the_reference_takes_over_what_is_frozen(run, monkeypatch):
     assert len(ran) == len(losses_of(folder)) == 3
 
 
+def test_data_workers_live_on_between_epochs(run, monkeypatch):
+    loaders = []
+    original = trainer.LlavaTrainer.get_train_dataloader
+
+    def watch(self):
+        loaders.append(original(self))
+        return loaders[-1]
+
+    monkeypatch.setattr(trainer.LlavaTrainer, "get_train_dataloader", watch)
+    plain, _ = run("plain", *LORA)
+    workers = ("--dataloader_num_workers", 2)
+    kept, _ = run("kept", *LORA, *workers, "--dataloader_prefetch_factor", 1, "--dataloader_pin_memory", True)
+    ended, _ = run("ended", *LORA, *workers, "--dataloader_persistent_workers", False)
+    alone, said = run("alone", *LORA, "--dataloader_persistent_workers", True, "--dataloader_prefetch_factor", 2)
+    assert [loader.persistent_workers for loader in loaders] == [False, True, False, False]
+    assert said.count("has nothing to do here: --dataloader_num_workers is 0") == 2
+    for folder in (kept, ended, alone):
+        assert losses_of(folder) == losses_of(plain)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -401,7 +401,20 @@ def parse(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple[Any
             note(f"--{flag} has nothing to do here: {reason}")
     _settle_evaluation(parsed, given)
     _settle_idle(parsed, given)
+    _settle_workers(next(args for args in parsed if isinstance(args, TrainingArguments)), given)
     return tuple(parsed)
+
+
+def _settle_workers(train_args: TrainingArguments, given: set[str]) -> None:
+    """Data workers live on between epochs (with the pictures they remember) unless the flags say otherwise."""
+    if train_args.dataloader_num_workers:
+        if "dataloader_persistent_workers" not in given:
+            train_args.dataloader_persistent_workers = True
+        return
+    for flag, nothing in (("dataloader_persistent_workers", False), ("dataloader_prefetch_factor", None)):
+        if flag in given:
+            note(f"--{flag} has nothing to do here: --dataloader_num_workers is 0")
+        setattr(train_args, flag, nothing)
 
 
 def _settle_idle(parsed: list[Any], given: set[str]) -> None:
