@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from llava.model import fused
-from llava.model.fused import LMHead, Lora, LoraLinear, SwiGLU, SwiGLULora
+from llava.model.fused import LMHead, Lora, LoraLinear, Rotary, SwiGLU, SwiGLULora
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -18,6 +18,22 @@ def test_swiglu_and_its_gradients():
     gate, up = draw(5, 7), draw(5, 7, seed=1)
     assert torch.autograd.gradcheck(SwiGLU.apply, (gate, up))
     torch.testing.assert_close(SwiGLU.apply(gate, up), F.silu(gate) * up, rtol=0, atol=0)
+
+
+def test_rotary_and_its_gradient_are_transformers():
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    x, angles = draw(5, 2, 8), draw(5, 4, seed=1).detach().repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    weight = draw(5, 2, 8, seed=2).detach()
+    got = Rotary.apply(x, cos[:, None], sin[:, None])
+    want, _ = apply_rotary_pos_emb(x, x, cos, sin)
+    torch.testing.assert_close(got, want)
+    gradients = [torch.autograd.grad((y * weight).sum(), [x])[0] for y in (got, want)]
+    torch.testing.assert_close(*gradients)
+    assert torch.autograd.gradcheck(lambda x: Rotary.apply(x, cos[:, None], sin[:, None]), (x,))
+    half = Rotary.apply(x.bfloat16(), cos[:, None].float(), sin[:, None].float())
+    assert half.dtype == torch.float32  # as a product of the two is
 
 
 @pytest.fixture

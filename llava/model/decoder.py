@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from llava.model.fused import Lora, LoraLinear, NormedLoras, SwiGLU, SwiGLULora
+from llava.model.fused import Lora, LoraLinear, NormedLoras, Rotary, SwiGLU, SwiGLULora
 
 # Tokens that a CPU puts through the layers together. What a layer leaves behind then stays in the cache (5% faster for
 # LoRA and 8% for the connector alone, and a fifth less memory, than four or eight trees together); a GPU takes all, and
@@ -126,7 +126,7 @@ def gated(mlp: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 class Rope(NamedTuple):
-    """Rotary embedding (arXiv:2104.09864) of a stream: (T, d) each."""
+    """Cosines and sines of the positions of a stream: (T, d) each."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -136,7 +136,7 @@ class Rope(NamedTuple):
 
     def turn(self, x: torch.Tensor) -> torch.Tensor:
         """(T, H, d) -> (T, H, d)."""
-        return x * self.cos[:, None] + rotate_half(x) * self.sin[:, None]
+        return Rotary.apply(x, self.cos[:, None], self.sin[:, None])
 
 
 def decoder_layer(

@@ -14,6 +14,33 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 LOGITS_AT_A_TIME = 2**23
 
 
+class Rotary(torch.autograd.Function):
+    """Rotary position embedding (arXiv:2104.09864) of x (T, H, d), halves paired as in Llama; cos and sin (T, 1, d)."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
+        first, second = sin.chunk(2, dim=-1)
+        return _turned(x, cos, -first, second)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        first, second = sin.chunk(2, dim=-1)
+        return _turned(grad, cos, second, -first).to(ctx.dtype), None, None
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor, of_second: torch.Tensor, of_first: torch.Tensor) -> torch.Tensor:
+    """x cos, plus in its first half the second times ``of_second`` and in its second the first times ``of_first``."""
+    out = x * cos
+    into, halves = out.chunk(2, dim=-1), x.to(out.dtype).chunk(2, dim=-1)
+    into[0].addcmul_(halves[1], of_second)
+    into[1].addcmul_(halves[0], of_first)
+    return out
+
+
 class SwiGLU(torch.autograd.Function):
     """``silu(gate) * up`` (arXiv:2002.05202), keeping gate and up only."""
 
