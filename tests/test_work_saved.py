@@ -206,7 +206,7 @@ def test_kept_features_serve_pretraining_with_text_only_rows_too(run_script, pre
             "train_pretrain", *flags, "--output_dir", tmp_path / "kept", "--feature_cache", tmp_path / "features"
         )
     )
-    assert losses_of(tmp_path / "kept") == pytest.approx(losses_of(tmp_path / "plain"), abs=1e-6)
+    assert losses_of(tmp_path / "kept") == pytest.approx(losses_of(tmp_path / "plain"), abs=1e-5)
     apart = [*flags, "--output_dir", tmp_path / "apart", "--prefix_sharing", False]
     succeed(run_script("train_pretrain", *apart))
     assert losses_of(tmp_path / "apart") == pytest.approx(losses_of(tmp_path / "plain"), abs=1e-5)
@@ -240,9 +240,9 @@ def test_data_workers_live_on_between_epochs(run, monkeypatch):
     workers = ("--dataloader_num_workers", 2)
     kept, _ = run("kept", *LORA, *workers, "--dataloader_prefetch_factor", 1, "--dataloader_pin_memory", True)
     ended, _ = run("ended", *LORA, *workers, "--dataloader_persistent_workers", False)
-    alone, said = run("alone", *LORA, "--dataloader_persistent_workers", True, "--dataloader_prefetch_factor", 2)
+    alone, said = run("alone", *LORA, "--dataloader_persistent_workers", True)
     assert [loader.persistent_workers for loader in loaders] == [False, True, False, False]
-    assert said.count("has nothing to do here: --dataloader_num_workers is 0") == 2
+    assert "--dataloader_persistent_workers has nothing to do here: --dataloader_num_workers is 0" in said
     for folder in (kept, ended, alone):
         assert losses_of(folder) == losses_of(plain)
 

@@ -411,10 +411,9 @@ def _settle_workers(train_args: TrainingArguments, given: set[str]) -> None:
         if "dataloader_persistent_workers" not in given:
             train_args.dataloader_persistent_workers = True
         return
-    for flag, nothing in (("dataloader_persistent_workers", False), ("dataloader_prefetch_factor", None)):
-        if flag in given:
-            note(f"--{flag} has nothing to do here: --dataloader_num_workers is 0")
-        setattr(train_args, flag, nothing)
+    if train_args.dataloader_persistent_workers:
+        note("--dataloader_persistent_workers has nothing to do here: --dataloader_num_workers is 0")
+        train_args.dataloader_persistent_workers = False
 
 
 def _settle_idle(parsed: list[Any], given: set[str]) -> None:
