@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import logs_of, losses_of, succeed
 
 from llava.model import llava_arch
@@ -107,7 +108,7 @@ def test_a_reference_file_that_was_cut_off_is_filled_up(run, tmp_path, asked):
     [
         (("--version", "v0"), "template v1 -> v0"),
         (("--image_aspect_ratio", "square"), "config"),
-        (("--bf16", True), "dtype torch.float32 -> torch.bfloat16"),
+        (("--bf16", True), "dtype torch.float32, weights torch.float32 -> torch.bfloat16, weights torch.bfloat16"),
     ],
 )
 def test_a_reference_file_of_another_reference_is_refused(run, run_script, dpo_flags, tmp_path, change, named):
@@ -130,13 +131,55 @@ def test_other_weights_are_another_reference(run, run_script, dpo_flags, tmp_pat
     run("first", *flags)
     run("second", *flags, "--model_name_or_path", tmp_path / "copy")
     assert len(list((tmp_path / "reference_cache").iterdir())) == 1  # the same weights under another name
-    import torch
-
     shard = tmp_path / "copy" / "pytorch_model-00001-of-00003.bin"
     state = torch.load(shard, weights_only=True)
     torch.save({name: value + 1e-3 for name, value in state.items()}, shard)
     run("third", *flags, "--model_name_or_path", tmp_path / "copy")
     assert len(list((tmp_path / "reference_cache").iterdir())) == 2
+
+
+def test_lines_that_cannot_be_read_are_passed_over(run, tmp_path, asked):
+    """Two runs that grow one file, one of them killed in the middle of a line: the line behind is glued to it."""
+    file = tmp_path / "reference.jsonl"
+    flags = [*LORA, "--reference", "cache", "--reference_cache", file]
+    first, _ = run("first", *flags)
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*lines[:2], lines[2][:20] + lines[3], *lines[4:]]))
+    asked.clear()
+    second, _ = run("second", *flags)
+    assert len(asked) == 1
+    asked.clear()
+    run("third", *flags)
+    assert not asked
+    assert losses_of(second) == losses_of(first)
+
+
+def test_half_precision_does_not_round_kept_log_probabilities(monkeypatch):
+    """DeepSpeed casts every floating tensor of a batch; at -150 a bfloat16 is a half apart from the next."""
+
+    class Args:
+        device = torch.device("cpu")
+
+    dpo = trainer.DPOTrainer.__new__(trainer.DPOTrainer)
+    dpo.args = Args()
+    cast = {"images": torch.ones(1).bfloat16(), "reference_logps": torch.zeros(2).bfloat16()}
+    monkeypatch.setattr(trainer.LlavaTrainer, "_prepare_inputs", lambda self, inputs: dict(cast))
+    known = torch.tensor([-153.37, -87.61])
+    got = dpo._prepare_inputs({"images": torch.ones(1), "reference_logps": known})
+    assert torch.equal(got["reference_logps"], known) and got["images"].dtype == torch.bfloat16
+
+
+def test_a_full_run_with_a_broken_picture_goes_on(run, run_script, dpo_flags, tmp_path, golden):
+    shutil.copytree(golden / "mini_vg", tmp_path / "vg")
+    broken = tmp_path / "vg" / "VG_100K" / "2315000.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    flags = ["--save_strategy", "steps", "--save_steps", 1, "--save_total_limit", 5, "--reference", "cache"]
+    flags += ["--vg_path", tmp_path / "vg", "--skip_missing_images", True]
+    out, _ = run("out", *flags)
+    whole = losses_of(out)
+    (tmp_path / "out" / "checkpoint-3").rename(tmp_path / "last")
+    again, _ = run("out", *flags)  # from checkpoint-2
+    assert losses_of(again)[-1] == pytest.approx(whole[-1], abs=1e-5)
 
 
 def test_a_full_run_that_goes_on_needs_the_file_it_was_started_with(run, run_script, dpo_flags, tmp_path):
@@ -177,7 +220,7 @@ def test_every_pair_comes_once_an_epoch_and_pictures_stay_together():
     assert list(sampler) != order
 
 
-def test_kept_features_change_no_number_and_are_seen_once(run, tmp_path, monkeypatch):
+def test_kept_features_change_no_number_and_are_seen_once(run, run_script, dpo_flags, tmp_path, monkeypatch):
     plain, _ = run("plain", *LORA)
     seen = []
     forward = CLIPVisionTower.forward
@@ -190,6 +233,11 @@ def test_kept_features_change_no_number_and_are_seen_once(run, tmp_path, monkeyp
     again, _ = run("again", *LORA, "--feature_cache", tmp_path / "features")
     assert not seen
     assert losses_of(again) == losses_of(kept)
+    damaged = sorted((tmp_path / "features").glob("*/*.safetensors"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    flags = [*LORA, "--feature_cache", tmp_path / "features", "--output_dir", tmp_path / "damaged"]
+    code, _, err = run_script("train_dpo", *dpo_flags, *flags)
+    assert code == 2 and f"{damaged}: cannot be read" in err and "remove the file" in err
 
 
 def test_kept_features_serve_pretraining_with_text_only_rows_too(run_script, pretrain_flags, tmp_path, golden):

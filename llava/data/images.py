@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from llava.errors import BrokenImage, UserError, warn
@@ -103,7 +104,7 @@ class ImageLoader:
 
     def __call__(self, path: str, where: str) -> torch.Tensor:
         if path in self._features:
-            return load_file(self._features[path])["features"]
+            return self._kept(path)
         if path in self._recent:
             self._recent.move_to_end(path)
             return self._recent[path]
@@ -117,6 +118,14 @@ class ImageLoader:
             self._recent.popitem(last=False)
         return pixels
 
+    def _kept(self, path: str) -> torch.Tensor:
+        try:
+            return load_file(self._features[path])["features"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise UserError(
+                f"--feature_cache: {self._features[path]}: cannot be read ({error}); remove the file", everywhere=False
+            ) from None
+
     def levels(self) -> torch.Tensor:
         """What the processor makes of each byte, by channel, to the bit: (3, 256) float32."""
         ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
@@ -126,7 +135,7 @@ class ImageLoader:
     def blank(self) -> torch.Tensor:
         """What stands in for a picture where a batch has none, (3, H, W); in place of features, (T, D)."""
         if self._features:
-            return torch.zeros_like(load_file(next(iter(self._features.values())))["features"])
+            return torch.zeros_like(self._kept(next(iter(self._features))))
         size = self.image_processor.crop_size
         return torch.zeros(3, size["height"], size["width"], dtype=torch.uint8)
 

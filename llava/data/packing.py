@@ -21,6 +21,7 @@ from typing import Any, TypedDict
 import torch
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.errors import UserError
 
 Symbol = Hashable  # a token id, or (IMAGE_TOKEN_INDEX, number of the picture in the batch)
 
@@ -209,7 +210,15 @@ def pack_batch(batch: dict[str, torch.Tensor], tokens_per_image: int, max_length
     for ids, mask, targets, slots in zip(
         batch["input_ids"], batch["attention_mask"], batch["labels"], batch["image_index"].tolist(), strict=True
     ):
-        pictures = iter(slots)
-        rows.append([(i, next(pictures)) if i == IMAGE_TOKEN_INDEX else i for i in ids[mask].tolist()])
+        row = ids[mask].tolist()
+        pictures = [slot for slot in slots if slot >= 0]
+        if (marks := row.count(IMAGE_TOKEN_INDEX)) > len(pictures):
+            raise UserError(
+                f"row {len(rows)} of the batch: {marks} <image> in the text for {len(pictures)} image(s); "
+                "write one <image> for every image",
+                everywhere=False,
+            )
+        shown = iter(pictures)
+        rows.append([(i, next(shown)) if i == IMAGE_TOKEN_INDEX else i for i in row])
         labels.append(targets[mask].tolist())
     return pack(rows, labels, tokens_per_image, max_length)

@@ -7,6 +7,7 @@ answer and one of four prompts drawn by ``random.Random(42)``, in this order, th
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,6 +203,12 @@ class PreferencePairs(SkippingDataset[PreferenceExample]):
         pair, (chosen, rejected) = self.pairs[index], self._rows[index]
         row = self.builder.example(pair.where, *chosen, [pair.image])
         known = None if self._logps is None else tuple(self._logps[index].tolist())
+        if known is not None and math.isnan(known[0]):
+            raise UserError(
+                f"{pair.where}: its picture could not be opened when the reference's log-probabilities were computed; "
+                "start the run again",
+                everywhere=False,
+            )
         return PreferenceExample(row, row._replace(input_ids=rejected[0], labels=rejected[1]), index, known)
 
     def remember_reference(self, logps: torch.Tensor) -> None:

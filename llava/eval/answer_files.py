@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import UserError
-from llava.files import atomic_write
+from llava.files import atomic_write, whole_lines
 
 
 class AnswerFile:
@@ -32,7 +32,7 @@ class AnswerFile:
 
     def resume(self) -> dict[int, dict[str, Any]]:
         """Answers that earlier runs with the same key left behind, by question id; other runs' parts are left alone."""
-        rows = {part: list(_whole_lines(part))[1:] for part in self._parts()}
+        rows = {part: list(whole_lines(part))[1:] for part in self._parts()}
         self.barrier()
         try:
             # Rewritten rather than appended to: a killed run may have left half a line at the end.
@@ -54,7 +54,7 @@ class AnswerFile:
         """All ranks' answers in ``order`` of the question ids; rank 0 writes the file and removes the parts."""
         self.barrier()
         parts = self._parts()
-        rows = {row["question_id"]: row for part in parts for row in list(_whole_lines(part))[1:]}
+        rows = {row["question_id"]: row for part in parts for row in list(whole_lines(part))[1:]}
         merged = [rows[number] for number in order if number in rows]
         self.barrier()
         if self.rank == 0:
@@ -68,13 +68,3 @@ class AnswerFile:
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _whole_lines(path: Path) -> Iterable[dict[str, Any]]:
-    """Rows of a part file up to the first line that was cut off."""
-    # Split at "\n" alone: an answer may hold U+2028, at which str.splitlines would cut it in two.
-    for line in path.read_bytes().decode(errors="replace").split("\n")[:-1]:
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return

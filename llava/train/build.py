@@ -42,7 +42,8 @@ class ModelPlan:
     config: dict[str, Any]
     blank: bool  # a language model that gets a tower and a new connector
     connector: str | None  # --pretrain_mm_mlp_adapter
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the weights
+    compute_dtype: torch.dtype
     attn_implementation: str | None
     seed: int
     tokenizer: PreTrainedTokenizerBase
@@ -102,6 +103,7 @@ def plan_model(model_args: Any, data_args: Any, train_args: Any, parts: set[str]
         blank=blank,
         connector=model_args.pretrain_mm_mlp_adapter,
         dtype=train_args.compute_dtype if coarse else torch.float32,
+        compute_dtype=train_args.compute_dtype,
         attn_implementation=model_args.attn_implementation,
         seed=train_args.seed,
         tokenizer=tokenizer,

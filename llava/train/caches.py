@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -22,7 +23,7 @@ from transformers import TrainerCallback
 
 from llava.errors import BrokenImage, UserError, warn
 from llava.files import publish, sha256
-from llava.model.checkpoint import weight_files
+from llava.model.checkpoint import has_tower, weight_files
 from llava.train.reference import FirstPolicy, Reference
 from llava.train.reference_cache import ReferenceCache, pair_keys
 
@@ -37,7 +38,8 @@ class FillCaches(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # The data's order and dropout draw from these generators; a filled cache must not change what they give.
-        with torch.random.fork_rng():
+        devices = [args.device] if args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
             for fill in self.fillers:
                 fill()
 
@@ -48,13 +50,17 @@ def fill_reference(trainer: Any, cache: ReferenceCache, reference: Reference) ->
     Raises:
         UserError: the policy has been trained already, and the reference was the policy at its start.
     """
+    cache.values = _rank_0s(cache.values)  # another run may have added lines while the ranks were reading
     for dataset in [d for d in (trainer.train_dataset, trainer.eval_dataset) if d is not None]:
         keys = pair_keys(dataset.contents)
         missing = {key: index for index, key in enumerate(keys) if key not in cache.values}
-        if missing and isinstance(reference, FirstPolicy) and trainer.state.global_step:
+        too_late = isinstance(reference, FirstPolicy) and trainer.state.global_step > 0
+        if too_late and dataset.skip_missing_images:  # what could not be opened then is not missed now
+            missing = {key: index for key, index in missing.items() if _opens(dataset, index)}
+        if missing and too_late:
             raise UserError(
                 f"{cache.path}: {len(missing)} of {len(keys)} pairs are missing, and the policy that would give them "
-                "has been trained since; pass the file the run was started with, or --reference copy"
+                "has been trained since; pass the file the run was started with, or --resume_from_checkpoint False"
             )
         if missing:
             _compute_logps(trainer, cache, reference, dataset, keys, list(missing.values()))
@@ -105,7 +111,7 @@ def feature_folder(root: str | None, plan: Any, parts: set[str]) -> Path | None:
         return None
     if "vision_tower" in parts:
         raise UserError("--feature_cache keeps what a frozen tower sees, but the vision tower trains; leave it out")
-    files = weight_files(plan.tower) if plan.tower else weight_files(plan.folder)
+    files = weight_files(plan.folder if has_tower(plan.folder) else plan.tower)
     processor = {k: v for k, v in plan.image_processor.to_dict().items() if not k.startswith("_")}
     names = ("mm_vision_config", "mm_vision_select_layer", "mm_vision_select_feature", "image_aspect_ratio")
     key = [[sha256(file) for file in files], processor, {n: plan.config.get(n) for n in names}, str(plan.dtype)]
@@ -118,8 +124,11 @@ def fill_features(trainer: Any, folder: Path) -> None:
     accelerator = trainer.accelerator
     datasets = [d for d in (trainer.train_dataset, trainer.eval_dataset) if d is not None]
     paths = list(dict.fromkeys(path for dataset in datasets for path in dataset.picture_paths))
-    files = {path: folder / f"{sha256(path)[:32]}.safetensors" for path in paths}
-    missing = [path for path, file in files.items() if not file.exists()]
+    files: dict[str, Path] = {}
+    if accelerator.is_main_process:
+        files = {path: folder / f"{sha256(path)[:32]}.safetensors" for path in paths}
+    files = _rank_0s(files)
+    missing = _rank_0s([path for path, file in files.items() if not file.exists()])  # before anyone writes
     loader = datasets[0].builder.load_image
     if missing:
         try:
@@ -133,7 +142,22 @@ def fill_features(trainer: Any, folder: Path) -> None:
         for batch in tqdm(batches, desc="features", unit="batch", disable=quiet, mininterval=5):
             _see(model, loader, batch, files, datasets[0].skip_missing_images, accelerator.device)
         accelerator.wait_for_everyone()
-    loader.use_features({path: str(file) for path, file in files.items() if file.exists()})
+    loader.use_features(_rank_0s({path: str(file) for path, file in files.items() if file.exists()}))
+
+
+def _rank_0s(value: Any) -> Any:
+    """Rank 0's value: what decides how many forwards there are must be the same everywhere."""
+    held = [value]
+    broadcast_object_list(held)
+    return held[0]
+
+
+def _opens(dataset: Any, index: int) -> bool:
+    try:
+        dataset.builder.load_image(dataset.contents[index][2], "")
+    except BrokenImage:
+        return False
+    return True
 
 
 def _see(
@@ -153,5 +177,11 @@ def _see(
         seen = model.see(pixels, loader.levels().to(device)).cpu()
     for path, features in zip(pictures, seen, strict=False):
         temporary = files[path].with_name(f".{files[path].name}.{os.getpid()}")
-        save_file({"features": features.contiguous()}, temporary)
-        publish(temporary, files[path])
+        try:
+            save_file({"features": features.contiguous()}, temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())  # a name is given to what is on the disk
+            publish(temporary, files[path])
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"--feature_cache: {files[path]}: cannot be written ({error})", everywhere=False) from None

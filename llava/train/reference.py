@@ -56,8 +56,10 @@ class SharedReference:
         with torch.no_grad(), self.policy.disable_adapter() if self.has_adapter else contextlib.nullcontext():
             try:
                 for (parent, name, copy), module in zip(self.kept, live, strict=True):
-                    now = next(module.parameters())
-                    parent._modules[name] = copy.to(now.device, now.dtype)  # DeepSpeed casts after the copy was taken
+                    for now in module.parameters():  # none: an identity connector
+                        copy.to(now.device, now.dtype)  # DeepSpeed casts after the copy was taken
+                        break
+                    parent._modules[name] = copy
                 yield policy
             finally:
                 for (parent, name, _), module in zip(self.kept, live, strict=True):
@@ -82,6 +84,7 @@ class CopiedReference:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.requires_grad_(False).eval()
+        self.arithmetic: Callable[[], Any] = contextlib.nullcontext
 
     def place(self, accelerator: Any, train_args: Any) -> None:
         """On the device; partitioned over the ranks like the policy where that is ZeRO-3."""
@@ -90,6 +93,8 @@ class CopiedReference:
             # DeepSpeed casts the policy; the reference must round alike.
             dtype = train_args.compute_dtype if plugin is not None else None
             self.model = self.model.to(accelerator.device, dtype)
+            if plugin is None:
+                self.arithmetic = accelerator.autocast  # the policy's, which its wrapper brings with it
             return
         import deepspeed
 
@@ -106,7 +111,7 @@ class CopiedReference:
     @contextlib.contextmanager
     def forward_of(self, policy: nn.Module) -> Iterator[nn.Module]:
         """The copy, without gradients."""
-        with torch.no_grad():
+        with torch.no_grad(), self.arithmetic():
             yield self.model
 
 

@@ -7,15 +7,16 @@ goes on there; later epochs, duplicates, and other runs of a sweep on the same m
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from llava.errors import UserError
-from llava.files import atomic_write, sha256, whole_lines
+from llava.files import atomic_write, sha256
 from llava.model.checkpoint import weight_files
 
 # What of a model's configuration decides its log-probabilities, besides its weights.
@@ -23,6 +24,11 @@ DECIDING = (
     "model_type",
     "rope_parameters",
     "rope_theta",
+    "rope_scaling",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "mm_vision_config",
     "rms_norm_eps",
     "mm_vision_select_layer",
     "mm_vision_select_feature",
@@ -45,7 +51,7 @@ def reference_key(plan: Any, version: str) -> dict[str, str]:
         "config": _digest(config),
         "image_processor": _digest({k: v for k, v in pictures.items() if not k.startswith("_")}),
         "template": version,
-        "dtype": str(plan.dtype),
+        "dtype": f"{plan.compute_dtype}, weights {plan.dtype}",
         "seed": str(plan.seed) if plan.blank and not plan.connector else "-",  # of a new connector
     }
 
@@ -71,7 +77,7 @@ class ReferenceCache:
             return
         if self.path.is_dir():
             raise UserError(f"--reference_cache {path}: a folder; expected a file (it is made where there is none)")
-        rows = list(whole_lines(self.path))
+        rows = list(_lines(self.path))
         found = rows[0] if rows else None
         if not isinstance(found, dict) or found.keys() != key.keys():
             raise UserError(f"{self.path}: not a file of reference log-probabilities; pass another --reference_cache")
@@ -80,7 +86,7 @@ class ReferenceCache:
             raise UserError(
                 f"{self.path}: made with another reference ({'; '.join(differing)}); pass another --reference_cache"
             )
-        self.values = {row["pair"]: (row["chosen"], row["rejected"]) for row in rows[1:]}
+        self.values = {row["pair"]: (row["chosen"], row["rejected"]) for row in rows[1:] if "pair" in row}
 
     def open(self) -> None:
         """Make the file ready to grow (one process calls it): half a line of a killed run is taken off."""
@@ -99,14 +105,23 @@ class ReferenceCache:
         rows = list(rows)
         self.values.update({pair: (chosen, rejected) for pair, chosen, rejected in rows})
         if write:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(self._line(*row) for row in rows))
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                with self.path.open("ab", buffering=0) as file:  # at once: another run may be adding lines too
+                    file.write("".join(self._line(*row) for row in rows).encode())
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be written ({error.strerror}); pass --reference_cache") from None
 
     @staticmethod
     def _line(pair: str, chosen: float, rejected: float) -> str:
         return json.dumps({"pair": pair, "chosen": chosen, "rejected": rejected}) + "\n"
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    """Lines that can be read; what a killed run left of one is passed over."""
+    for line in path.read_bytes().decode(errors="replace").split("\n"):
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(line)
 
 
 def pair_keys(rows: Iterable[tuple[Any, Any, str]]) -> list[str]:

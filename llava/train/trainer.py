@@ -235,6 +235,12 @@ class DPOTrainer(LlavaTrainer):
         mean = loss.losses.mean()
         return (mean, policy) if return_outputs else mean
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """On the device; DeepSpeed casts what is floating, but half precision would round log-probabilities to 1/2."""
+        known = inputs.get("reference_logps")
+        inputs = super()._prepare_inputs(inputs)
+        return inputs if known is None else {**inputs, "reference_logps": known.to(self.args.device)}
+
     def _ask_reference(self, model: nn.Module, batch: dict[str, Any], scores: LabelScores) -> torch.Tensor:
         """Log-probabilities of the rows, (2B,); what the frozen parts gave the policy is not computed again."""
         carried = {}
