@@ -221,6 +221,7 @@ def _run_stretch(
     rows: dict[str, Any],
     looks: Sequence[Callable[..., torch.Tensor]] | None = None,
 ) -> torch.Tensor:
+    """``run_layers`` of trees that go through together."""
     rope, attention = rope_at(decoder, x, rows["position_ids"]), full_attention(rows)
     *layers, last = layers_of(decoder)
     *many, final = looks or [attend] * (len(layers) + 1)

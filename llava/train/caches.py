@@ -56,7 +56,8 @@ def fill_reference(trainer: Any, cache: ReferenceCache, reference: Reference) ->
         missing = {key: index for index, key in enumerate(keys) if key not in cache.values}
         too_late = isinstance(reference, FirstPolicy) and trainer.state.global_step > 0
         if too_late and dataset.skip_missing_images:  # what could not be opened then is not missed now
-            missing = {key: index for key, index in missing.items() if _opens(dataset, index)}
+            pictures = dataset.picture_paths
+            missing = {key: index for key, index in missing.items() if _opens(dataset, pictures[index])}
         if missing and too_late:
             raise UserError(
                 f"{cache.path}: {len(missing)} of {len(keys)} pairs are missing, and the policy that would give them "
@@ -76,7 +77,8 @@ def _compute_logps(
     if accelerator.is_main_process:
         cache.open()
     accelerator.wait_for_everyone()
-    missing.sort(key=lambda index: dataset.contents[index][2])  # pairs about one picture share its row
+    pictures = dataset.picture_paths
+    missing.sort(key=pictures.__getitem__)  # pairs about one picture share its row
     batches = _shared_out(missing, args.per_device_train_batch_size, accelerator)
     loader = DataLoader(
         dataset, batch_sampler=batches, collate_fn=trainer.data_collator, num_workers=args.dataloader_num_workers
@@ -152,9 +154,9 @@ def _rank_0s(value: Any) -> Any:
     return held[0]
 
 
-def _opens(dataset: Any, index: int) -> bool:
+def _opens(dataset: Any, path: str) -> bool:
     try:
-        dataset.builder.load_image(dataset.contents[index][2], "")
+        dataset.builder.load_image(path, "")
     except BrokenImage:
         return False
     return True
