@@ -7,7 +7,6 @@ and that has nothing to do here gets a log line (``NOTHING_TO_DO``).
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import sys
 from dataclasses import dataclass, field, fields
@@ -22,7 +21,8 @@ from transformers.utils import is_torch_tf32_available
 from llava.command_line import OneLineErrors, refuse_unknown
 from llava.conversation import template
 from llava.errors import UserError, note, warn
-from llava.files import existing, read_object
+from llava.files import existing
+from llava.train.deepspeed_config import deepspeed_config
 
 REFERENCES = ("auto", "cache", "copy")
 TRAIN_TYPES = ("projector", "use_lora", "none", "freeze_vision")
@@ -53,6 +53,19 @@ class ModelArguments:
     freeze_backbone: bool = field(default=False, metadata={"help": "freeze the decoder; lm_head and connector train"})
     tune_mm_mlp_adapter: bool = field(default=False, metadata={"help": "train the connector only"})
     freeze_mm_mlp_adapter: bool = field(default=False, metadata={"help": "freeze the connector"})
+    tune: str | None = field(
+        default=None,
+        metadata={"help": "exactly what trains: projector, post_block, lm_head, lora, backbone, vision_tower"},
+    )
+    tune_lm_head: bool = field(default=False, metadata={"help": "train lm_head (as --tune lm_head)"})
+    tune_post_decoder: bool = field(default=False, metadata={"help": "train the post block (as --tune post_block)"})
+    tune_post_interaction_block: bool = field(default=False, metadata={"help": "the same as --tune_post_decoder"})
+    post_block: str | None = field(
+        default=None, metadata={"help": "put a new block between backbone and lm_head: interaction | mlp"}
+    )
+    post_block_config: str | None = field(
+        default=None, metadata={"help": "its options: k=v,k=v or a YAML or JSON file"}
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa (default) | eager | flash_attention_2"}
     )
@@ -123,6 +136,10 @@ class PreferenceArguments(ImageArguments):
     eval_data_path: str | None = field(
         default=None, metadata={"help": "held-out pairs: own JSONL, or a HA-DPO desc/pope file over --vg_path"}
     )
+    aux_data: str | None = field(
+        default=None,
+        metadata={"help": "LLaVA conversation JSON whose language-model loss is added to DPO's (--aux_weight)"},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,12 +170,18 @@ class LlavaTrainingArguments(TrainingArguments):
     lora_bias: str = field(default="none", metadata={"help": "only none"})
     lora_weight_path: str | None = field(default=None, metadata={"help": "not supported"})
     mm_projector_lr: float | None = field(default=None, metadata={"help": "rate of the connector; 0 freezes it"})
+    post_block_lr: float = field(default=1e-4, metadata={"help": "rate of the post block; 0 freezes it"})
+    lm_head_lr: float | None = field(default=None, metadata={"help": "rate of lm_head; 0 freezes it"})
     group_by_modality_length: bool = field(default=False, metadata={"help": "batches of like kind and length"})
     prefix_sharing: bool = field(
         default=True, metadata={"help": "compute what rows of a batch begin with alike only once (needs sdpa)"}
     )
     feature_cache: str | None = field(
         default=None, metadata={"help": "folder that keeps what the frozen tower sees of every picture"}
+    )
+    cache_hidden: str | None = field(
+        default=None,
+        metadata={"help": "folder that keeps what a frozen backbone gives lm_head or the post block, for every record"},
     )
     mpt_attn_impl: str | None = field(default="triton", metadata={"help": "belongs to MPT, which is not supported"})
 
@@ -300,6 +323,11 @@ class DPOTrainingArguments(LlavaTrainingArguments):
     reference_cache: str | None = field(
         default=None, metadata={"help": "file of --reference cache (default: in reference_cache beside --output_dir)"}
     )
+    reference_from: str = field(
+        default="start",
+        metadata={"help": "start: the policy as it is loaded | base: the whole model that its deltas stand on"},
+    )
+    aux_weight: float = field(default=0.5, metadata={"help": "weight of the language-model loss on --aux_data"})
     group_by_image: bool = field(default=False, metadata={"help": "batches of pairs about the same picture"})
     beta: float = field(default=0.5, metadata={"help": "DPO's beta (HA-DPO's recipe: 0.1)"})
     optimizer_type: str | None = field(default=None, metadata={"help": "HA-DPO's name of --optim"})
@@ -349,36 +377,6 @@ NOTHING_TO_DO = {
     "double_quant": "it belongs to --bits 4",
     "quant_type": "it belongs to --bits 4",
 }
-
-
-def deepspeed_config(config: str | dict[str, Any] | None, on_cpu: bool) -> dict[str, Any] | None:
-    """``--deepspeed FILE`` read and checked; on the CPU, offload uses torch's AdamW, which needs no compiler.
-
-    Raises:
-        UserError: the file is missing, broken or no object.
-    """
-    if not config:
-        return None
-    if isinstance(config, str):
-        source, config = config, read_object(existing(config, "--deepspeed"))
-    else:
-        source = "--deepspeed"
-    for block, flag in (("optimizer", "--optim and per-group rates"), ("scheduler", "--lr_scheduler_type")):
-        if block in config:
-            warn(f"--deepspeed {source}: its '{block}' block overrides {flag}; remove it to have them obeyed")
-    scale = config.get("fp16", {}).get("min_loss_scale")
-    if isinstance(scale, float) and not scale.is_integer():
-        warn(f"--deepspeed {source}: fp16.min_loss_scale {scale:g} must be a whole number for DeepSpeed; 1 is used")
-        config = {**config, "fp16": {**config["fp16"], "min_loss_scale": 1}}
-    if on_cpu:
-        config = {**config, "zero_force_ds_cpu_optimizer": config.get("zero_force_ds_cpu_optimizer", False)}
-        # Page-locked memory belongs to a device that is not there.
-        zero = json.loads(json.dumps(config.get("zero_optimization", {})))
-        for key in ("offload_optimizer", "offload_param"):
-            if key in zero:
-                zero[key].pop("pin_memory", None)
-        config["zero_optimization"] = zero
-    return config
 
 
 class OneLineHfParser(OneLineErrors, HfArgumentParser):
