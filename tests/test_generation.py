@@ -97,7 +97,7 @@ def stream_of(model, questions=QUESTIONS):
 def together(model, settings, images, questions=QUESTIONS):
     found = rules(model, GenerationConfig(**settings), None)
     assert isinstance(found, Rules), found
-    return grow_answers(model, stream_of(model, questions), model.encode_images(images), found)
+    return grow_answers(model, stream_of(model, questions), model.look(images), found)
 
 
 def greedy(tokens, **more):
@@ -171,8 +171,8 @@ def test_recorded_answers_with_the_end_token(golden):
     ]
     stream = pack_prompts(rows, model.get_vision_tower().num_features, 2048)
     found = rules(model, GenerationConfig(do_sample=False, max_new_tokens=24), None)
-    features = model.encode_images(process_images(files, image_processor, model.config))
-    answers, _ = grow_answers(model, stream, features, found)
+    shown = model.look(process_images(files, image_processor, model.config))
+    answers, _ = grow_answers(model, stream, shown, found)
     assert answers == [q["output_ids"] for q in asked]
     assert sorted(len(ids) for ids in answers) == [4, 8, 24, 24, 24]
 
@@ -196,7 +196,7 @@ def test_a_stop_string_ends_an_answer(loaded, monkeypatch):
     ]
     assert len(want[0]) == 5 and max(map(len, want)) == 24
     found = rules(model, GenerationConfig(**settings), tokenizer)
-    assert grow_answers(model, stream_of(model), model.encode_images(images), found)[0] == want
+    assert grow_answers(model, stream_of(model), model.look(images), found)[0] == want
 
 
 @pytest.mark.parametrize("setting", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 1}])

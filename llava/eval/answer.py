@@ -153,11 +153,11 @@ class Answerer:
             if (marks := ids.count(IMAGE_TOKEN_INDEX)) != 1:
                 raise UserError(f"{marks} <image> in the prompt of question {text!r} for 1 image; take it out")
             rows.append([(IMAGE_TOKEN_INDEX, picture) if i == IMAGE_TOKEN_INDEX else i for i in ids])
-        features = self.model.encode_images(pixels.to(device, self.model.dtype))
+        shown = self.model.look(pixels.to(device, self.model.dtype))
         max_length = getattr(self.model.config, "tokenizer_model_max_length", None)
-        stream = pack_prompts(rows, features.shape[1], max_length)
+        stream = pack_prompts(rows, shown.features.shape[1], max_length)
         stream = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in stream.items()}
-        new, first = grow_answers(self.model, stream, features, self.rules)
+        new, first = grow_answers(self.model, stream, shown, self.rules)
         return self._said(new, first if self.yes_no else None)
 
     def _said(self, new: list[list[int]], logits: torch.Tensor | None) -> list[Said]:

@@ -126,7 +126,7 @@ def gated(mlp: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 class Rope(NamedTuple):
-    """Cosines and sines of the positions of a stream: (T, d) each."""
+    """Cosines and sines of the positions of a stream (T, d) each, or of rows (B, L, d)."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -135,8 +135,8 @@ class Rope(NamedTuple):
         return Rope(self.cos[index], self.sin[index])
 
     def turn(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, H, d) -> (T, H, d)."""
-        return Rotary.apply(x, self.cos[:, None], self.sin[:, None])
+        """(..., H, d) -> (..., H, d)."""
+        return Rotary.apply(x, self.cos[..., None, :], self.sin[..., None, :])
 
 
 def decoder_layer(
@@ -184,8 +184,9 @@ def run_layers(
     x: torch.Tensor,
     rows: dict[str, Any],
     looks: Sequence[Callable[..., torch.Tensor]] | None = None,
+    whole: bool = False,
 ) -> torch.Tensor:
-    """Embeddings of a stream (T, D) -> normed hidden states of the positions that predict, (Q, D).
+    """Embeddings of a stream (T, D) -> normed hidden states of the positions that predict, (Q, D); ``whole``: of all.
 
     ``looks``: for every layer what stands in for ``attend``.
     """
@@ -193,8 +194,9 @@ def run_layers(
         stretches = list(_stretches(rows))
         if len(stretches) > 1:
             parts = x.split([len(stretch["position_ids"]) for stretch in stretches])
-            return torch.cat([_run_stretch(decoder, *part) for part in zip(parts, stretches, strict=True)])
-    return _run_stretch(decoder, x, rows, looks)
+            done = [_run_stretch(decoder, *part, None, whole) for part in zip(parts, stretches, strict=True)]
+            return torch.cat(done)
+    return _run_stretch(decoder, x, rows, looks, whole)
 
 
 def _stretches(rows: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -219,7 +221,8 @@ def _run_stretch(
     decoder: nn.Module,
     x: torch.Tensor,
     rows: dict[str, Any],
-    looks: Sequence[Callable[..., torch.Tensor]] | None = None,
+    looks: Sequence[Callable[..., torch.Tensor]] | None,
+    whole: bool,
 ) -> torch.Tensor:
     """``run_layers`` of trees that go through together."""
     rope, attention = rope_at(decoder, x, rows["position_ids"]), full_attention(rows)
@@ -227,7 +230,8 @@ def _run_stretch(
     *many, final = looks or [attend] * (len(layers) + 1)
     for layer, look in zip(layers, many, strict=True):
         x = _checkpointed(layer, x, rope, attention, None, look)
-    x = _checkpointed(last, x, rope, label_attention(rows), rows["queries"], final)
+    asking = (attention, None) if whole else (label_attention(rows), rows["queries"])
+    x = _checkpointed(last, x, rope, *asking, final)
     return decoder.norm(x)
 
 

@@ -25,6 +25,8 @@ from transformers.generation import (
 )
 
 from llava.model.decoder import Attention, attend, decoder_layer, layers_of, rope_at, run_layers, sees, why_not
+from llava.model.llava_arch import Pictures
+from llava.model.post_block.sight import StepSight
 
 # Processors that look at nothing but the new tokens of a row, so that rows of any prompt can go through them together.
 ROW_WISE = (RepetitionPenaltyLogitsProcessor, NoRepeatNGramLogitsProcessor, SuppressTokensLogitsProcessor)
@@ -105,26 +107,28 @@ class Generation:
     """The state of a generation: S questions about pictures, in the trees of a stream.
 
     ``rows`` is a stream (``llava.data.packing``) whose ``queries`` (S,) are the last tokens of the questions, in the
-    order of the trees; ``features`` (N, T, D) its pictures behind the connector. ``logits`` (S, V) are those of the
+    order of the trees; ``pictures`` are its N pictures. ``logits`` (S, V) are those of the
     first tokens.
     """
 
-    def __init__(self, model: Any, rows: dict[str, Any], features: torch.Tensor, new_tokens: int) -> None:
+    def __init__(self, model: Any, rows: dict[str, Any], pictures: Pictures, new_tokens: int) -> None:
         self.model = model
-        self.features = features
+        self.block = model.post_block
         self.layers = layers_of(model.model)
         self.positions = rows["position_ids"][rows["queries"]] + 1  # (S,) of the next tokens
         ids = rows["input_ids"][None]
         model._check_ids(ids, torch.ones_like(ids, dtype=torch.bool))
-        x = model.embed_stream(rows, features)
+        x = model.embed_stream(rows, pictures.features)
 
+        looks_back = self.block is not None and self.block.needs_rows
+        kept = len(self.layers) + (len(self.block.layers) if looks_back else 0)  # layers whose keys and values are kept
         attn = self.layers[0].self_attn
         heads = model.config.num_key_value_heads
         counts = [tree[3] for tree in rows["trees"]]
         self.lengths = [end - start for start, _, end, _ in rows["trees"]]
         self.trees = [
             Tree(
-                len(self.layers),
+                kept,
                 heads,
                 attn.head_dim,
                 sees(queries, start, end, rows["subtree_end"]),
@@ -136,8 +140,15 @@ class Generation:
         # Of every question: its tree, and its number there.
         self.tree_of = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(x.device)
         self.number = torch.cat([torch.arange(count) for count in counts]).to(x.device)
-        looks = [self._remembering(number) for number in range(len(self.layers))]
-        self.logits = self._head(run_layers(model.model, x, rows, looks))
+        looks = [self._remembering(number) for number in range(kept)]
+        of_block = looks[len(self.layers) :]
+        hidden = run_layers(model.model, x, rows, looks[: len(self.layers)], whole=looks_back)
+        if self.block is not None:
+            self.sight = model.tree_sight(rows, pictures, hidden, of_block)
+            # (q, P) of every tree: what a question sees, all its answer's tokens see.
+            self.shown = self.sight.seen_by_questions()
+            hidden = self.block(hidden, self.sight)
+        self.logits = self._head(hidden)
 
     def step(self, questions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """The next ``tokens`` (n,) of ``questions`` (n,), in order -> logits (n, V) of the ones behind."""
@@ -145,14 +156,21 @@ class Generation:
         rope = rope_at(self.model.model, x, self.positions[questions])
         self.positions[questions] += 1
         counts = torch.bincount(self.tree_of[questions], minlength=len(self.trees)).tolist()
-        growing = []
-        for tree, asking in zip(self.trees, self.number[questions].split(counts), strict=True):
+        growing, showing = [], []
+        for number, (tree, asking) in enumerate(zip(self.trees, self.number[questions].split(counts), strict=True)):
             if len(asking):
                 places = tree.add(asking)
                 growing.append((tree, places, tree.sight[asking, : tree.length]))
+                showing.append((number, asking))
         for number, layer in enumerate(self.layers):
             x = decoder_layer(layer, x, rope, None, look=self._recalling(number, growing))
-        return self._head(self.model.model.norm(x))
+        hidden = self.model.model.norm(x)
+        if self.block is not None:
+            first = len(self.layers)
+            looks = [self._recalling(first + number, growing) for number in range(len(self.block.layers))]
+            shown = [(number, self.shown[number][asking]) for number, asking in showing]
+            hidden = self.block(hidden, StepSight(self.sight, rope, shown, looks))
+        return self._head(hidden)
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.model.head(hidden).float()
@@ -201,10 +219,10 @@ def look_back(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
 
 @torch.inference_mode()
 def grow_answers(
-    model: nn.Module, rows: dict[str, Any], features: torch.Tensor, rules: Rules
+    model: nn.Module, rows: dict[str, Any], pictures: Pictures, rules: Rules
 ) -> tuple[list[list[int]], torch.Tensor]:
     """New ids of every question of a stream (see ``Generation``), and the logits (S, V) of their first tokens."""
-    state = Generation(model, rows, features, rules.max_new_tokens)
+    state = Generation(model, rows, pictures, rules.max_new_tokens)
     first = logits = state.logits
     asking = torch.arange(len(logits), device=logits.device)  # questions that go on
     written = asking.new_empty(len(asking), 0)  # (n, t) their new tokens

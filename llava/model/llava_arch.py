@@ -1,11 +1,12 @@
 """LLaVA around a decoder.
 
     images -> vision tower -> connector --+
-                                          +-> splice -> backbone -> gather labelled rows -> lm_head
-    input_ids ----------> embeddings -----+
+                   |                      +-> splice -> backbone -> [post block] -> gather labelled rows -> lm_head
+    input_ids -----|----> embeddings -----+                              |
+                   +----------- or behind the connector -----------------+
 
-Each arrow is a call of its own (``encode_images``, ``splice``, ``backbone``, ``head``), so that a prefix, a picture or
-a part of the forward can be shared between rows, questions or models. Training calls ``forward`` only: under DDP and
+Each arrow is a call of its own (``see``, ``connect``, ``splice``, ``backbone``, ``head``), so that a prefix, a picture
+or a part of the forward can be shared between rows, questions or models. Training calls ``forward`` only: under DDP and
 ZeRO a part called past the wrapper is not synchronised.
 """
 
@@ -23,10 +24,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import UserError
-from llava.model.decoder import run_layers
+from llava.model.decoder import Rope, rope_at, run_layers
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.post_block.base import PostBlock
+from llava.model.post_block.sight import NEVER, RowSight, TreeSight
 
 Images = torch.Tensor | Sequence[torch.Tensor]
 
@@ -38,6 +41,18 @@ class Spliced(NamedTuple):
     attention_mask: torch.Tensor | None  # (B, L') bool
     position_ids: torch.Tensor | None  # (B, L')
     labels: torch.Tensor | None  # (B, L')
+    begins: torch.Tensor  # (B, K) where each picture of a row begins; NEVER where it has fewer
+
+
+class Pictures(NamedTuple):
+    """What is seen of N pictures."""
+
+    seen: torch.Tensor | None  # (N, T, D_vision) by the tower; None where nobody asks for it
+    features: torch.Tensor | None  # (N, T, D) behind the connector
+
+    def as_block_wants(self, block: PostBlock | None) -> torch.Tensor | None:
+        """Those features that the post block looks at."""
+        return {None: None, "tower": self.seen, "connector": self.features}[block.looks_at if block else None]
 
 
 @dataclass
@@ -58,8 +73,10 @@ class LabelScores(NamedTuple):
     mean_logits: torch.Tensor  # (n,) mean logit of the position that predicts it; no gradient
     rows: torch.Tensor  # (n,) which row a label belongs to
     counts: torch.Tensor  # (S,) labels of every row
-    hidden: torch.Tensor  # (Q, D) last hidden states of the positions that predict
+    hidden: torch.Tensor  # (Q, D) what lm_head gets at the positions that predict
     features: torch.Tensor | None  # (N, T, D) pictures behind the connector
+    seen: torch.Tensor | None  # (N, T, D_vision) and before it
+    backbone: torch.Tensor | None  # (Q, D) what the post block gets; (T, D) where it looks at whole rows
 
     def row_sums(self, values: torch.Tensor) -> torch.Tensor:
         """(n,) -> (S,)."""
@@ -103,10 +120,23 @@ class LlavaMetaForCausalLM:
 
         Bytes are looked up in ``pixel_levels`` (3, 256); ``vision_features`` are the tower's output, kept from before.
         """
-        features = self.see(images, pixel_levels) if vision_features is None else vision_features
+        return self.look(images, pixel_levels, vision_features).features
+
+    def look(
+        self,
+        images: Images | None,
+        pixel_levels: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+    ) -> Pictures:
+        """``encode_images``, with what the tower saw."""
+        seen = self.see(images, pixel_levels) if vision_features is None else vision_features
+        return Pictures(seen, self.connect(seen))
+
+    def connect(self, seen: torch.Tensor) -> torch.Tensor:
+        """(N, T, D_vision) -> (N, T, D)."""
         # Parameters and not the tower's dtype: under autocast or ZeRO the two parts may differ.
-        dtype = next((p.dtype for p in self.model.mm_projector.parameters()), features.dtype)
-        return self.model.mm_projector(features.to(dtype))
+        dtype = next((p.dtype for p in self.model.mm_projector.parameters()), seen.dtype)
+        return self.model.mm_projector(seen.to(dtype))
 
     def see(self, images: Images, pixel_levels: torch.Tensor | None = None) -> torch.Tensor:
         """Pictures, as pixel values or as bytes -> the tower's features (N, T, D_vision)."""
@@ -147,7 +177,7 @@ class LlavaMetaForCausalLM:
         text = self.get_input_embeddings()(input_ids.masked_fill(~keep | (input_ids == IMAGE_TOKEN_INDEX), 0))
 
         max_length = getattr(self.config, "tokenizer_model_max_length", None)
-        embeds, new_labels = [], []
+        embeds, new_labels, starts = [], [], []
         for b, (ids, labs) in enumerate(zip(row_ids, row_labels, strict=True)):
             slots = [slot for slot in index[b] if slot >= 0]
             marks = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
@@ -159,6 +189,7 @@ class LlavaMetaForCausalLM:
                 )
             row = text[b][keep[b]]
             pieces, piece_labels, start = [], [], 0
+            starts.append([mark + nth * (features.shape[1] - 1) for nth, mark in enumerate(marks)])
             for mark, slot in zip(marks, slots, strict=False):
                 pieces += [row[start:mark], features[slot].to(row)]
                 piece_labels += [labs[start:mark], labs.new_full((features.shape[1],), IGNORE_INDEX)]
@@ -177,11 +208,15 @@ class LlavaMetaForCausalLM:
         steps = torch.arange(inputs_embeds.shape[1], device=input_ids.device)
         shift = (inputs_embeds.shape[1] - lengths if side == "left" else torch.zeros_like(lengths))[:, None]
         real = (steps >= shift) & (steps < shift + lengths[:, None])  # (B, L')
+        begins = torch.full((len(starts), max([1, *map(len, index)])), NEVER, device=input_ids.device)
+        for b, row_starts in enumerate(starts):
+            begins[b, : len(row_starts)] = shift[b] + torch.tensor(row_starts, device=begins.device)
         return Spliced(
             inputs_embeds,
             None if attention_mask is None else real,
             None if position_ids is None else (steps - shift).clamp(min=0) * real,
             None if labels is None else padded_labels,
+            begins,
         )
 
     def _check_ids(self, input_ids: torch.Tensor, keep: torch.Tensor) -> None:
@@ -224,11 +259,44 @@ class LlavaMetaForCausalLM:
         nothing_to_see = images is None and vision_features is None
         if self.get_vision_tower() is None or nothing_to_see or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
-        if image_index is None:
-            image_index = rows_in_order(input_ids, attention_mask, len(_stack(images)))
-        features = self.encode_images(images, pixel_levels, vision_features)
-        row = self.splice(input_ids, features, image_index, attention_mask, position_ids, labels, padding_side)
+        row, _ = self._spliced(
+            input_ids,
+            attention_mask,
+            position_ids,
+            labels,
+            images,
+            image_index,
+            padding_side,
+            pixel_levels,
+            vision_features,
+        )
         return None, row.position_ids, row.attention_mask, past_key_values, row.inputs_embeds, row.labels
+
+    def _spliced(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        images: Images | None,
+        image_index: torch.Tensor | None,
+        padding_side: str | None,
+        pixel_levels: torch.Tensor | None,
+        vision_features: torch.Tensor | None,
+    ) -> tuple[Spliced, torch.Tensor | None]:
+        """Rows with their pictures, and what the post block looks at, each row's in order, (B, K, T, D') or None."""
+        pictures = self.look(images, pixel_levels, vision_features)
+        if image_index is None:
+            image_index = rows_in_order(input_ids, attention_mask, len(pictures.features))
+        row = self.splice(input_ids, pictures.features, image_index, attention_mask, position_ids, labels, padding_side)
+        wanted = pictures.as_block_wants(self.post_block)
+        if wanted is None:
+            return row, None
+        slots = torch.zeros_like(row.begins)
+        for b, of_row in enumerate(image_index.tolist() if isinstance(image_index, torch.Tensor) else image_index):
+            real = [slot for slot in of_row if slot >= 0]
+            slots[b, : len(real)] = torch.tensor(real, dtype=torch.long)
+        return row, wanted[slots]
 
     def forward(
         self,
@@ -248,7 +316,10 @@ class LlavaMetaForCausalLM:
         pixel_levels: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        backbone_hidden: torch.Tensor | None = None,
         hidden_at_labels: torch.Tensor | None = None,
+        block_pictures: torch.Tensor | None = None,
+        block_begins: torch.Tensor | None = None,
         **decoder_kwargs: Any,
     ) -> LlavaOutput:
         """Upstream's forward; see ``llava.data.collate`` for the batch.
@@ -256,28 +327,37 @@ class LlavaMetaForCausalLM:
         Without ``image_index`` pictures belong to rows in order of their -200. The loss is the mean over the batch's
         labels, in float32. ``score_labels`` runs the head only where the next token is labelled; ``rows``
         (``llava.data.packing``) does so for trees. What is already known of the batch can be passed:
-        ``vision_features`` (N, T, D_vision) of the tower, and of another forward ``image_features`` (N, T, D) or
-        ``hidden_at_labels`` (Q, D).
+        ``vision_features`` (N, T, D_vision) of the tower, and of another forward what its ``LabelScores`` call
+        ``features`` (as ``image_features``), ``backbone`` (``backbone_hidden``) and ``hidden`` (``hidden_at_labels``).
+        ``block_pictures`` (B, K, T, D') and ``block_begins`` (B, K) go with ``inputs_embeds``: what the post block
+        looks at, and where in the row it begins.
         """
         if rows is not None:
-            if image_features is None and hidden_at_labels is None:
-                image_features = self.encode_images(images, pixel_levels, vision_features)
-            return self._score_trees(rows, image_features, hidden_at_labels)
+            if hidden_at_labels is None and backbone_hidden is None and image_features is None:
+                known = self.look(images, pixel_levels, vision_features)
+            else:
+                known = Pictures(vision_features, image_features)
+            return self._score_trees(rows, known, backbone_hidden, hidden_at_labels)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if past:
+            block_pictures = None  # generate() passes the prompt's again with every token; the cache holds them
         if inputs_embeds is None:
-            input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
-                self.prepare_inputs_labels_for_multimodal(
+            nothing_to_see = images is None and vision_features is None
+            if self.get_vision_tower() is not None and not nothing_to_see and input_ids.shape[1] > 1:
+                row, block_pictures = self._spliced(
                     input_ids,
-                    position_ids,
                     attention_mask,
-                    past_key_values,
+                    position_ids,
                     labels,
                     images,
-                    image_sizes,
                     image_index,
-                    pixel_levels=pixel_levels,
-                    vision_features=vision_features,
+                    None,
+                    pixel_levels,
+                    vision_features,
                 )
-            )
+                input_ids = None
+                inputs_embeds, attention_mask, position_ids, labels, block_begins = row
+                block_begins = block_begins + past
         outputs = self.backbone(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -288,6 +368,10 @@ class LlavaMetaForCausalLM:
             **decoder_kwargs,
         )
         hidden = outputs.last_hidden_state  # (B, L', D)
+        if self.post_block is not None:
+            cache = outputs.past_key_values
+            sight = self._row_sight(hidden, attention_mask, position_ids, past, block_pictures, block_begins, cache)
+            hidden = self.post_block(hidden, sight)
         if score_labels:
             return self._scored(hidden[:, :-1], labels)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
@@ -302,21 +386,58 @@ class LlavaMetaForCausalLM:
             labels=labels,
         )
 
+    def _row_sight(
+        self,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        past: int,
+        pictures: torch.Tensor | None,
+        begins: torch.Tensor | None,
+        cache: Any,
+    ) -> RowSight:
+        """What the post block sees of padded rows (B, L', D)."""
+        if mask is not None and mask.ndim != 2:
+            raise ValueError("a post block takes a mask (B, L) and transformers' dynamic cache")
+        if positions is None:  # as the decoder counts
+            positions = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
+        rope = Rope(*self.model.rotary_emb(hidden, positions))
+        return RowSight(rope, mask, past, pictures, begins, cache, len(self.model.layers))
+
     def _score_trees(
         self,
         rows: dict[str, Any],
-        features: torch.Tensor | None,
+        pictures: Pictures,
+        backbone: torch.Tensor | None,
         hidden: torch.Tensor | None,
     ) -> LlavaOutput:
         """Trees -> scores of their labels, each shared beginning computed once."""
+        block = self.post_block
         if hidden is None:
-            hidden = run_layers(self.model, self.embed_stream(rows, features), rows)  # (Q, D)
+            whole = block is not None and block.needs_rows
+            if backbone is None:
+                backbone = run_layers(self.model, self.embed_stream(rows, pictures.features), rows, whole=whole)
+            hidden = backbone
+            if block is not None:
+                hidden = block(backbone, self.tree_sight(rows, pictures, backbone))
         logps, mean_logits = self.lm_head(hidden, rows["label_at"], rows["targets"])  # (U,) each
         index = rows["label_index"]
         scores = LabelScores(
-            logps[index], mean_logits[index], rows["label_row"], rows["label_counts"], hidden, features
+            logps[index],
+            mean_logits[index],
+            rows["label_row"],
+            rows["label_counts"],
+            hidden,
+            pictures.features,
+            pictures.seen,
+            None if block is None else backbone,
         )
         return LlavaOutput(loss=mean_loss(scores.logps), scores=scores)
+
+    def tree_sight(self, rows: dict[str, Any], pictures: Pictures, like: torch.Tensor, looks: Any = None) -> TreeSight:
+        """What the post block sees of a stream; ``like`` are hidden states."""
+        rope = rope_at(self.model, like, rows["position_ids"])
+        return TreeSight(rows, rope, self.post_block.needs_rows, pictures.as_block_wants(self.post_block), looks)
 
     def embed_stream(self, rows: dict[str, Any], features: torch.Tensor) -> torch.Tensor:
         """Ids and features of a stream -> embeddings (T, D)."""
@@ -331,7 +452,7 @@ class LlavaMetaForCausalLM:
         hidden, targets = hidden[labelled], labels[:, 1:][labelled]  # (n, D), (n,)
         at = torch.arange(len(targets), device=targets.device)
         logps, mean_logits = self.lm_head(hidden, at, targets)
-        scores = LabelScores(logps, mean_logits, labelled.nonzero()[:, 0], labelled.sum(1), hidden, None)
+        scores = LabelScores(logps, mean_logits, labelled.nonzero()[:, 0], labelled.sum(1), hidden, None, None, None)
         return LlavaOutput(loss=mean_loss(logps), labels=labels, scores=scores)
 
     @torch.no_grad()
@@ -355,10 +476,10 @@ class LlavaMetaForCausalLM:
         if attention_mask is None:
             attention_mask = torch.ones_like(inputs, dtype=torch.bool)
         # The next token is written at the right end of every row.
-        _, _, mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
-            inputs, None, attention_mask, None, None, images, image_sizes, image_index, padding_side="left"
-        )
-        return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+        row, pictures = self._spliced(inputs, attention_mask, None, None, images, image_index, "left", None, None)
+        if pictures is not None:
+            kwargs |= {"block_pictures": pictures, "block_begins": row.begins}
+        return super().generate(inputs_embeds=row.inputs_embeds, attention_mask=row.attention_mask, **kwargs)
 
 
 def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from llava.errors import UserError
+from llava.errors import UserError, note
 from llava.model.builder import LORA_EXCLUDED
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 
 # The order in which they are printed. "backbone" is the decoder with its embeddings, without the head.
-PARTS = ("projector", "lora", "backbone", "lm_head", "vision_tower")
+PARTS = ("projector", "lora", "backbone", "post_block", "lm_head", "vision_tower")
 
 BY_TRAIN_TYPE: dict[str, set[str]] = {
     "projector": {"projector"},
@@ -21,53 +21,120 @@ BY_TRAIN_TYPE: dict[str, set[str]] = {
     "none": {"projector", "backbone", "lm_head", "vision_tower"},
 }
 
+# Upstream's flags that name one part each; alone or together they train exactly what they name.
+TUNE_FLAGS = {
+    "tune_mm_mlp_adapter": "projector",
+    "tune_lm_head": "lm_head",
+    "tune_post_decoder": "post_block",
+    "tune_post_interaction_block": "post_block",
+}
+
+RATE_FLAGS = {"projector": "mm_projector_lr", "post_block": "post_block_lr", "lm_head": "lm_head_lr"}
+
+# A gate starts at zero and multiplies everything behind it: at the block's own rate it would hardly open in the 40 to
+# 400 steps of a run (40 steps at 1e-4 move it to 0.004).
+GATE_RATE = 100
+
 
 def part_of(name: str) -> str:
     """The part that a parameter's name belongs to."""
     if "lora_" in name:
         return "lora"
-    for part, mark in (("vision_tower", "vision_tower."), ("projector", "mm_projector."), ("lm_head", "lm_head.")):
+    for part, mark in (
+        ("vision_tower", "vision_tower."),
+        ("projector", "mm_projector."),
+        ("post_block", "post_block."),
+        ("lm_head", "lm_head."),
+    ):
         if mark in name:
             return part
     return "backbone"
 
 
+def rate_of(name: str, train_args: Any) -> float:
+    """The peak learning rate of a parameter: its part's own where a flag gives one; a gate's is higher."""
+    part = part_of(name)
+    rate = _own_rates(train_args).get(part) or train_args.learning_rate
+    return rate * GATE_RATE if part == "post_block" and name.endswith("gate") else rate
+
+
+def _own_rates(train_args: Any) -> dict[str, float | None]:
+    return {part: getattr(train_args, flag) for part, flag in RATE_FLAGS.items()}
+
+
 def choose_parts(model_args: Any, train_args: Any) -> set[str]:
-    """Parts that train, from ``--train_type`` or upstream's flags (which do not mix).
+    """Parts that train: from ``--tune``, ``--train_type`` or upstream's flags (which do not mix).
 
     Raises:
-        UserError: flags that contradict each other, or leave nothing to train.
+        UserError: flags that contradict each other, name a part twice, or leave nothing to train.
     """
     flags = {
         "--lora_enable": train_args.lora_enable,
-        "--tune_mm_mlp_adapter": model_args.tune_mm_mlp_adapter,
         "--freeze_mm_mlp_adapter": model_args.freeze_mm_mlp_adapter,
         "--freeze_backbone": model_args.freeze_backbone,
+        **{f"--{flag}": getattr(model_args, flag) for flag in TUNE_FLAGS},
     }
     given = [flag for flag, on in flags.items() if on]
     train_type = getattr(train_args, "train_type", None)
-    if train_type is not None:
+    named = [flag for flag in TUNE_FLAGS if f"--{flag}" in given]
+    if model_args.tune is not None:
+        clash = given + ([f"--train_type {train_type}"] if train_type else [])
+        if clash:
+            raise UserError(f"--tune and {', '.join(clash)} both say what trains; pass one of them")
+        parts = _listed(model_args.tune)
+    elif train_type is not None:
         redundant = {"projector": "--tune_mm_mlp_adapter", "use_lora": "--lora_enable"}.get(train_type)
         clash = [flag for flag in given if flag != redundant]
         if clash:
             raise UserError(f"--train_type {train_type} and {', '.join(clash)} both say what trains; pass one of them")
         parts = set(BY_TRAIN_TYPE[train_type])
-    elif model_args.tune_mm_mlp_adapter:
-        clash = [flag for flag in given if flag in ("--lora_enable", "--freeze_mm_mlp_adapter")]
+    elif named:
+        parts = {TUNE_FLAGS[flag] for flag in named}
+        if len(parts) < len(named):
+            raise UserError(
+                "--tune_post_decoder and --tune_post_interaction_block name one part twice; pass one of them"
+            )
+        clash = [flag for flag in given if flag == "--lora_enable"]
+        clash += [flag for flag in given if flag == "--freeze_mm_mlp_adapter" and "projector" in parts]
         if clash:
-            raise UserError(f"--tune_mm_mlp_adapter trains the connector only; it contradicts {', '.join(clash)}")
-        parts = {"projector"}
+            flags = " and ".join(f"--{flag}" for flag in named)
+            raise UserError(
+                f"{flags}: nothing else trains, which contradicts {', '.join(clash)}; --tune takes any mixture"
+            )
     else:
         parts = {"projector", "lora"} if train_args.lora_enable else {"projector", "backbone", "lm_head"}
         if model_args.freeze_backbone:
             parts -= {"backbone"}
         if model_args.freeze_mm_mlp_adapter:
             parts -= {"projector"}
-    if train_args.mm_projector_lr == 0:
-        parts -= {"projector"}
+    if "lora" in parts and "backbone" in parts:
+        raise UserError("--tune: lora keeps the backbone frozen; name one of the two")
+    if model_args.post_block and "post_block" not in parts:
+        raise UserError(
+            f"--post_block {model_args.post_block} puts a new block into the model, but it does not train; add "
+            "post_block to --tune"
+        )
+    for part, rate in _own_rates(train_args).items():
+        default = type(train_args).__dataclass_fields__[RATE_FLAGS[part]].default
+        if part not in parts and rate not in (default, 0):
+            note(f"--{RATE_FLAGS[part]} has nothing to do here: {part} does not train")
+    parts -= {part for part, rate in _own_rates(train_args).items() if rate == 0}
     if not parts:
-        raise UserError("nothing is left to train: the connector is frozen and nothing else is chosen")
+        raise UserError("nothing is left to train: what the flags choose is frozen by others, or has learning rate 0")
     return parts
+
+
+def _listed(tune: str) -> set[str]:
+    """``--tune a,b``."""
+    names = [name.strip() for name in tune.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"--tune: nothing to train; expected one or more of {', '.join(PARTS)}")
+    for name in names:
+        if name not in PARTS:
+            raise UserError(f"--tune {tune}: no part '{name}'; expected one or more of {', '.join(PARTS)}")
+        if names.count(name) > 1:
+            raise UserError(f"--tune {tune}: '{name}' is named twice")
+    return set(names)
 
 
 def add_lora(model: nn.Module, train_args: Any) -> nn.Module:
@@ -113,18 +180,23 @@ def switch_on(model: nn.Module, parts: Iterable[str]) -> None:
         raise UserError(f"nothing to train: {', '.join(sorted(parts))} has no parameters in this model")
 
 
-def table(model: nn.Module, learning_rate: float, mm_projector_lr: float | None) -> str:
+def table(model: nn.Module, train_args: Any) -> str:
     """Markdown: part, parameters, trained parameters, learning rate."""
     total: dict[str, int] = dict.fromkeys(PARTS, 0)
     trained: dict[str, int] = dict.fromkeys(PARTS, 0)
+    rates: dict[str, set[float]] = {part: set() for part in PARTS}
     for name, parameter in model.named_parameters():
         size = getattr(parameter, "ds_numel", parameter.numel())
-        total[part_of(name)] += size
-        trained[part_of(name)] += size if parameter.requires_grad else 0
+        part = part_of(name)
+        total[part] += size
+        if parameter.requires_grad:
+            trained[part] += size
+            rates[part].add(rate_of(name, train_args))
     lines = ["| part | parameters | trained | learning rate |", "|---|---:|---:|---:|"]
     for part in PARTS:
         if total[part]:
-            rate = mm_projector_lr if part == "projector" and mm_projector_lr else learning_rate
-            lines.append(f"| {part} | {total[part]:,} | {trained[part]:,} | {f'{rate:g}' if trained[part] else '-'} |")
+            rate = " (gate ".join(f"{value:g}" for value in sorted(rates[part])) or "-"
+            rate += ")" if "(" in rate else ""
+            lines.append(f"| {part} | {total[part]:,} | {trained[part]:,} | {rate} |")
     lines.append(f"| all | {sum(total.values()):,} | {sum(trained.values()):,} | |")
     return "\n".join(lines)

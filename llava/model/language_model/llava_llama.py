@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from llava.model.fused import LMHead
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.post_block.builder import build_post_block
 
 
 class LlavaConfig(LlamaConfig):
@@ -26,6 +27,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         super(LlamaForCausalLM, self).__init__(config)
         self.model = LlavaLlamaModel(config)
         self.vocab_size = config.vocab_size
+        self.post_block = build_post_block(config)
         self.lm_head = LMHead(config.hidden_size, config.vocab_size)
         self.post_init()
 

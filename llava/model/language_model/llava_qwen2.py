@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2For
 
 from llava.model.fused import LMHead
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.post_block.builder import build_post_block
 
 
 class LlavaQwen2Config(Qwen2Config):
@@ -26,6 +27,7 @@ class LlavaQwen2ForCausalLM(LlavaMetaForCausalLM, Qwen2ForCausalLM):
         super(Qwen2ForCausalLM, self).__init__(config)
         self.model = LlavaQwen2Model(config)
         self.vocab_size = config.vocab_size
+        self.post_block = build_post_block(config)
         self.lm_head = LMHead(config.hidden_size, config.vocab_size)
         self.post_init()
 
