@@ -23,8 +23,8 @@ SETS = {"random": "random", "popular": "popular", "adv": "adversarial", "adversa
 def parse_args() -> argparse.Namespace:
     parser = OneLineParser(description="Ask a LLaVA the POPE questions.", allow_abbrev=False)
     add = parser.add_argument
-    add("--model-path", required=True, help="a whole model, a LoRA or a connector")
-    add("--model-base", help="the model that a LoRA or connector was trained on")
+    add("--model-path", required=True, help="a whole model, a delta, or several in order: A,B")
+    add("--model-base", help="where the model lies that the first delta was trained on")
     add("--coco_path", required=True, help="COCO 2014, with val2014 inside")
     add("--pope_path", required=True, help="folder of coco_pope_*.json (or POPE's repository), or one such file")
     add("--set", default="popular", choices=[*SETS, "all"], help="which questions (adv = adversarial)")
@@ -102,7 +102,7 @@ def main() -> None:
     args.batch_size = args.batch_size or rank_0s(default_batch_size(answerer, on_cuda), world)
     # Answers of a killed run are kept where all of this is the same.
     settings = {
-        **model_key(args.model_path, args.model_base),
+        **model_key(args.model_path, args.model_base, args.cache_dir),
         "conv_mode": args.conv_mode,
         "max_new_tokens": args.max_new_tokens,
         "dtype": str(model.dtype),

@@ -9,8 +9,6 @@ Runs the same under plain ``python``, ``torchrun`` and ``deepspeed``, with and w
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from llava.errors import command_line
 from llava.train.launch import prepare_processes
 
@@ -20,13 +18,15 @@ def main() -> None:
     prepare_processes()
     from transformers import set_seed
 
+    from llava.data.captions import Captions
     from llava.data.preferences import PreferencePairs, read_preferences
     from llava.run_card import RunCard
     from llava.train.arguments import DPOTrainingArguments, ModelArguments, PreferenceArguments, as_dict, parse
     from llava.train.build import check_resumed, collator, example_builder, plan_model
     from llava.train.caches import feature_folder
-    from llava.train.reference import choose_reference
-    from llava.train.reference_cache import ReferenceCache, reference_key
+    from llava.train.hidden_cache import hidden_cache
+    from llava.train.reference import KEPT, SharedReference, choose_reference
+    from llava.train.reference_cache import chosen_cache
     from llava.train.trainable import add_lora, choose_parts, switch_on, table
     from llava.train.trainer import DPOTrainer, checkpoint_to_resume
 
@@ -40,27 +40,31 @@ def main() -> None:
     # Everything a user can have got wrong is found here, before gigabytes are read.
     plan = plan_model(model_args, data_args, train_args, parts)
     builder = example_builder(plan, model_args.version)
+    collate = collator(plan, builder, train_args)
+    features = feature_folder(train_args.feature_cache, plan, parts)
+    hidden = hidden_cache(train_args, plan, parts, model_args.version)
+    cache = chosen_cache(train_args, plan, model_args.version)
     train_pairs, eval_pairs = read_preferences(data_args)
     pairs = PreferencePairs(train_pairs, builder, data_args.skip_missing_images)
     held_out = PreferencePairs(eval_pairs, builder, data_args.skip_missing_images) if eval_pairs else None
+    if data_args.aux_data:
+        aux = Captions(data_args.aux_data, data_args.image_folder, builder, data_args.skip_missing_images)
+        pairs.bring(aux, train_args.seed)
     if first:
-        print(f"{len(pairs)} pairs" + (f", {len(held_out)} held out" if held_out else ""))
-    data_files = (data_args.desc_data_path, data_args.pope_data_path, data_args.data_path, data_args.eval_data_path)
-    card = RunCard(train_args.output_dir, arguments, data_files, train_args.seed)
+        print(f"{len(pairs)} pairs, {len(held_out or ())} held out, {len(pairs.aux or ())} records for --aux_data")
+    card = RunCard(train_args.output_dir, arguments, data_args.files, train_args.seed)
 
     set_seed(train_args.seed)
     policy = plan.load()
     if "lora" in parts:
         policy = add_lora(policy, train_args)
-    reference = choose_reference(policy, parts, plan.load, train_args.reference)
-    cache = None
-    if train_args.reference == "cache":
-        folder = Path(train_args.output_dir).absolute().parent / "reference_cache"
-        cache = ReferenceCache(train_args.reference_cache, folder, reference_key(plan, model_args.version))
+    reference = choose_reference(policy, parts, plan, train_args.reference, train_args.reference_from)
+    start = SharedReference(policy, parts & set(KEPT)) if "post_block" in parts else None
     switch_on(policy, parts)
     if first:
         card.write(resumed=checkpoint is not None)
-        print(table(policy, train_args.learning_rate, train_args.mm_projector_lr), flush=True)
+        print(table(policy, train_args))
+        print(f"reference: {reference.what} (--reference_from {train_args.reference_from})", flush=True)
 
     trainer = DPOTrainer(
         policy,
@@ -68,13 +72,16 @@ def main() -> None:
         parts,
         pairs,
         held_out,
-        collator(plan, builder, train_args),
+        collate,
         plan.tokenizer,
         plan.image_processor,
-        feature_folder(train_args.feature_cache, plan, parts),
+        features,
+        hidden,
+        start,
         reference=reference,
         beta=train_args.beta,
         cache=cache,
+        aux_weight=train_args.aux_weight,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.finish(card)

@@ -25,6 +25,8 @@ def main() -> None:
     from llava.train.arguments import CaptionArguments, ModelArguments, PretrainTrainingArguments, as_dict, parse
     from llava.train.build import check_resumed, collator, example_builder, plan_model
     from llava.train.caches import feature_folder
+    from llava.train.hidden_cache import hidden_cache
+    from llava.train.reference import KEPT, SharedReference
     from llava.train.trainable import add_lora, choose_parts, switch_on, table
     from llava.train.trainer import LlavaTrainer, checkpoint_to_resume
 
@@ -38,6 +40,9 @@ def main() -> None:
     # Everything a user can have got wrong is found here, before gigabytes are read.
     plan = plan_model(model_args, data_args, train_args, parts)
     builder = example_builder(plan, model_args.version)
+    collate = collator(plan, builder, train_args)
+    features = feature_folder(train_args.feature_cache, plan, parts)
+    hidden = hidden_cache(train_args, plan, parts, model_args.version)
     skip, folder = data_args.skip_missing_images, data_args.image_folder
     captions = Captions(data_args.data_path, folder, builder, skip)
     held_out = Captions(data_args.eval_data_path, folder, builder, skip) if data_args.eval_data_path else None
@@ -49,10 +54,11 @@ def main() -> None:
     model = plan.load()
     if "lora" in parts:
         model = add_lora(model, train_args)
+    start = SharedReference(model, parts & set(KEPT)) if "post_block" in parts else None
     switch_on(model, parts)
     if first:
         card.write(resumed=checkpoint is not None)
-        print(table(model, train_args.learning_rate, train_args.mm_projector_lr), flush=True)
+        print(table(model, train_args), flush=True)
 
     trainer = LlavaTrainer(
         model,
@@ -60,10 +66,12 @@ def main() -> None:
         parts,
         captions,
         held_out,
-        collator(plan, builder, train_args),
+        collate,
         plan.tokenizer,
         plan.image_processor,
-        feature_folder(train_args.feature_cache, plan, parts),
+        features,
+        hidden,
+        start,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.finish(card)

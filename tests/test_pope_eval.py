@@ -48,7 +48,7 @@ def counted(monkeypatch) -> dict[str, Any]:
     from llava.model.llava_arch import LlavaMetaForCausalLM
 
     seen: dict[str, Any] = {"encoded": 0, "groups": [], "opened": []}
-    encode, ask, open_image = LlavaMetaForCausalLM.encode_images, Answerer.ask, answer.open_image
+    encode, ask, open_image = LlavaMetaForCausalLM.look, Answerer.ask, answer.open_image
 
     def encoding(self, images, *args):
         seen["encoded"] += len(images)
@@ -64,7 +64,7 @@ def counted(monkeypatch) -> dict[str, Any]:
         seen["opened"].append(Path(path).name)
         return open_image(path, where)
 
-    monkeypatch.setattr(LlavaMetaForCausalLM, "encode_images", encoding)
+    monkeypatch.setattr(LlavaMetaForCausalLM, "look", encoding)
     monkeypatch.setattr(Answerer, "ask", asking)
     monkeypatch.setattr(answer, "open_image", opening)
     return seen

@@ -80,7 +80,7 @@ def test_first_step_log_probabilities_are_ha_dpos_reference(run_script, dpo_flag
         (["--lora_enable", True], {"projector", "backbone"}, {"adapter_model.safetensors", "non_lora_trainables.bin"}),
         (["--lora_enable", True, "--mm_projector_lr", 0], {"backbone"}, {"adapter_model.safetensors"}),
         (["--tune_mm_mlp_adapter", True], {"projector"}, {"mm_projector.bin"}),
-        (["--freeze_backbone", True], {"projector", "lm_head"}, {"model.safetensors"}),
+        (["--freeze_backbone", True], {"projector", "lm_head"}, {"delta.safetensors", "delta.json"}),
         ([], {"projector", "backbone", "lm_head"}, {"model.safetensors"}),
         (["--freeze_mm_mlp_adapter", True], {"backbone", "lm_head"}, {"model.safetensors"}),
     ],

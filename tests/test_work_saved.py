@@ -270,7 +270,7 @@ def test_the_reference_takes_over_what_is_frozen(run, monkeypatch):
     """Only lm_head trains: one run of the decoder serves policy and reference."""
     ran = []
     original = llava_arch.run_layers
-    monkeypatch.setattr(llava_arch, "run_layers", lambda *args: ran.append(1) or original(*args))
+    monkeypatch.setattr(llava_arch, "run_layers", lambda *a, **k: ran.append(1) or original(*a, **k))
     folder, _ = run("out", "--freeze_backbone", True, "--freeze_mm_mlp_adapter", True)
     assert len(ran) == len(losses_of(folder)) == 3
 

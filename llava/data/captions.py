@@ -48,11 +48,15 @@ class Captions(SkippingDataset[Example]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def make(self, index: int) -> Example:
+    def outline(self, index: int) -> Example:
         where, record = self.records[index]
         paths = self._paths(record)
         ids, labels = self.builder.tokenize(where, record["conversations"], len(paths))
-        return self.builder.example(where, ids, labels, paths)
+        return Example(ids, labels, tuple(paths), None, index)
+
+    def make(self, index: int) -> Example:
+        example, hidden = self._complete(self.records[index][0], self.outline(index))
+        return example._replace(hidden=hidden)
 
     @property
     def picture_paths(self) -> list[str]:

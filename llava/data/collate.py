@@ -8,7 +8,7 @@
     image_index     (B, K)       LongTensor   row b's k-th image is images[image_index[b, k]]; -1 where it has fewer
 
 ``images`` may be float pixel values themselves, without ``pixel_levels``; pictures whose features are kept on disk come
-as ``vision_features`` (N, T, D) instead.
+as ``vision_features`` (N, T, D) instead, or behind the connector as ``image_features`` (N, T, D).
 
 Rows without a picture point to none. A batch without any picture carries one blank image that no row points to, so
 that every rank runs the vision tower and the connector in every step (ZeRO-3 and DDP would wait for it).
@@ -19,7 +19,14 @@ order and pointing to the same pictures. Where the reference's log-probabilities
     reference_logps (2B,)        FloatTensor  in the order of the rows
     pairs           (B,)         LongTensor   which pairs of the data set these are
 
-``PackingCollator`` puts ``rows`` (``llava.data.packing.PackedRows``) in place of the first three and ``image_index``.
+and where every pair brings a row whose language-model loss is added, these rows 2B..2B+A-1 behind the others and
+
+    aux_rows        int          A
+
+``PackingCollator`` puts ``rows`` (``llava.data.packing.PackedRows``) in place of the first three and ``image_index``,
+and beside rows that a reference which is still to be asked has nothing to say about, ``reference_rows``: the pairs'
+alone. Examples whose hidden states are kept on disk bring these instead of pictures, in the order of the trees, as what
+``forward`` calls ``hidden_at_labels`` or ``backbone_hidden``.
 """
 
 from __future__ import annotations
@@ -31,25 +38,35 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.data.packing import pack_batch
+from llava.data.packing import PackedRows, pack_batch
 
 
 class Example(NamedTuple):
-    """One row before batching; ``images`` maps a picture's path to its pixel values (3, H, W), in order of use."""
+    """One row before batching; ``images`` maps a picture's path to its pixel values (3, H, W), in order of use.
+
+    None: no picture is loaded. ``hidden`` holds the hidden states of its tree where they are known.
+    """
 
     input_ids: list[int]
     labels: list[int]
     image_paths: tuple[str, ...]
-    images: dict[str, torch.Tensor]
+    images: dict[str, torch.Tensor] | None
+    number: int = -1  # of the record in its data set
+    hidden: torch.Tensor | None = None
 
 
 class PreferenceExample(NamedTuple):
-    """A chosen and a rejected row for the same prompt and pictures, and what the reference says of them, if known."""
+    """A chosen and a rejected row for the same prompt and pictures, and what the reference says of them, if known.
+
+    ``aux`` is a row beside the pair that a language model learns from; ``hidden`` is of the pair's tree.
+    """
 
     chosen: Example
     rejected: Example
     number: int = -1
     reference_logps: tuple[float, float] | None = None
+    aux: Example | None = None
+    hidden: torch.Tensor | None = None
 
 
 class Batch(TypedDict, total=False):
@@ -61,9 +78,11 @@ class Batch(TypedDict, total=False):
     images: torch.Tensor
     pixel_levels: torch.Tensor
     vision_features: torch.Tensor
+    image_features: torch.Tensor
     image_index: torch.Tensor
     reference_logps: torch.Tensor
     pairs: torch.Tensor
+    aux_rows: int
 
 
 class Collator:
@@ -71,8 +90,10 @@ class Collator:
 
     ``pad_token_id`` fills ``input_ids``; it is never looked at, since the mask comes from the lengths. Ids are cut to
     ``model_max_length`` first, as upstream's collator does; the model cuts again once the images are spliced in.
-    ``pixel_levels`` belong to pictures that are bytes.
+    ``pixel_levels`` belong to pictures that are bytes; features come as ``features_as``.
     """
+
+    features_as = "vision_features"
 
     def __init__(
         self,
@@ -87,8 +108,10 @@ class Collator:
         self.pixel_levels = pixel_levels
 
     def __call__(self, examples: Sequence[Example | PreferenceExample]) -> Batch:
+        pairs = [e for e in examples if isinstance(e, PreferenceExample)]
+        aux = [pair.aux for pair in pairs if pair.aux is not None]
         rows = [e.chosen if isinstance(e, PreferenceExample) else e for e in examples]
-        rows += [e.rejected for e in examples if isinstance(e, PreferenceExample)]
+        rows += [*(pair.rejected for pair in pairs), *aux]
         ids = [torch.tensor(row.input_ids[: self.model_max_length]) for row in rows]
         labels = [torch.tensor(row.labels[: self.model_max_length]) for row in rows]
         lengths = torch.tensor([len(i) for i in ids])
@@ -101,13 +124,12 @@ class Collator:
             attention_mask=torch.arange(int(lengths.max())) < lengths[:, None],
             image_index=image_index,
         )
-        if images.ndim == 3:
-            batch["vision_features"] = images
-        else:
-            batch["images"] = images
+        if images is not None:
+            batch["images" if images.ndim == 4 else self.features_as] = images
             if self.pixel_levels is not None and images.dtype == torch.uint8:
                 batch["pixel_levels"] = self.pixel_levels
-        pairs = [e for e in examples if isinstance(e, PreferenceExample)]
+        if aux:
+            batch["aux_rows"] = len(aux)
         if pairs and all(pair.number >= 0 for pair in pairs):
             batch["pairs"] = torch.tensor([pair.number for pair in pairs])
         known = [pair.reference_logps for pair in pairs if pair.reference_logps is not None]
@@ -117,28 +139,56 @@ class Collator:
 
     def _images(
         self, rows: Sequence[Example], paths_of: Sequence[tuple[str, ...]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
         slots: dict[str, int] = {}
         pixels: list[torch.Tensor] = []
         index = torch.full((len(rows), max([1, *map(len, paths_of)])), -1)
         for row_number, (row, paths) in enumerate(zip(rows, paths_of, strict=True)):
             for position, path in enumerate(paths):
                 if path not in slots:
-                    slots[path] = len(pixels)
-                    pixels.append(row.images[path])
+                    slots[path] = len(slots)
+                    if row.images is not None:
+                        pixels.append(row.images[path])
                 index[row_number, position] = slots[path]
+        if all(row.images is None for row in rows):
+            return None, index
         return torch.stack(pixels or [self.blank_image()]), index
 
 
 class PackingCollator(Collator):
-    """``Collator`` whose rows share their beginnings (``llava.data.packing``); ``tokens_per_image`` is the model's."""
+    """``Collator`` whose rows share their beginnings (``llava.data.packing``); ``tokens_per_image`` is the model's.
 
-    def __init__(self, *args: Any, tokens_per_image: int, **kwargs: Any) -> None:
+    With ``apart`` only the rows of one example share (a pair's two are one tree, and so is the row it brings), so that
+    an example's hidden states are the same in every batch. ``hidden_as`` names the argument they are passed as.
+    """
+
+    hidden_as = "hidden_at_labels"
+
+    def __init__(self, *args: Any, tokens_per_image: int, apart: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.tokens_per_image = tokens_per_image
+        self.apart = apart
 
     def __call__(self, examples: Sequence[Example | PreferenceExample]) -> dict[str, Any]:
         batch = super().__call__(examples)
-        rows = pack_batch(batch, self.tokens_per_image, self.model_max_length)
+        count, aux = len(batch["input_ids"]), batch.get("aux_rows", 0)
+        owners = None
+        if self.apart:
+            owners = [row % len(examples) for row in range(count - aux)]
+            owners += range(len(examples), len(examples) + aux)
+        rows = pack_batch(batch, self.tokens_per_image, self.model_max_length, owners)
         packed = ("input_ids", "labels", "attention_mask", "image_index")
-        return {"rows": rows, **{key: value for key, value in batch.items() if key not in packed}}
+        done = {"rows": rows, **{key: value for key, value in batch.items() if key not in packed}}
+        known = [*examples, *(e.aux for e in examples if isinstance(e, PreferenceExample) and e.aux is not None)]
+        if known[0].hidden is not None:
+            done[self.hidden_as] = self._hidden([example.hidden for example in known], rows)
+        elif aux and "reference_logps" not in batch:
+            pairs = {key: batch[key][: count - aux] for key in packed}
+            done["reference_rows"] = pack_batch(pairs, self.tokens_per_image, self.model_max_length, owners)
+        return done
+
+    @staticmethod
+    def _hidden(kept: list[torch.Tensor], rows: PackedRows) -> torch.Tensor:
+        """(Q, D) or (T, D); a batch without labels has one query, and nothing is kept of it."""
+        hidden = torch.cat(kept)
+        return hidden if len(hidden) else hidden.new_zeros(len(rows["queries"]), hidden.shape[1])

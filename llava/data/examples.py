@@ -79,10 +79,10 @@ class ExampleBuilder:
             kept += label != IGNORE_INDEX and not is_image
         return kept
 
-    def example(self, where: str, ids: list[int], labels: list[int], paths: Sequence[str]) -> Example:
-        """Ids and labels with their pictures loaded."""
-        images = {path: self.load_image(path, where) for path in dict.fromkeys(paths)}
-        return Example(ids, labels, tuple(paths), images)
+    def illustrate(self, where: str, example: Example) -> Example:
+        """An example with its pictures loaded."""
+        images = {path: self.load_image(path, where) for path in dict.fromkeys(example.image_paths)}
+        return example._replace(images=images)
 
 
 def _warn_here(message: str) -> None:
@@ -98,13 +98,40 @@ class SkippingDataset(Dataset[E]):
     """
 
     skip_missing_images: bool = False
+    builder: ExampleBuilder
+    _hidden: Callable[[int], torch.Tensor | None] | None = None  # of a record, where they are kept
+    _shows: bool = True  # pictures are loaded
 
     def __len__(self) -> int:
         raise TypeError("a subclass says how many records there are")
 
+    def outline(self, index: int) -> E:
+        """The example at ``index`` without its pictures."""
+        raise TypeError("a subclass makes examples")
+
     def make(self, index: int) -> E:
         """The example at ``index``; raises UserError when its picture cannot be opened."""
         raise TypeError("a subclass makes examples")
+
+    def alone(self) -> SkippingDataset[E]:
+        """The same records without what they bring from another data set."""
+        return self
+
+    def use_hidden(self, hidden: Callable[[int], torch.Tensor | None], pictures: bool) -> None:
+        """From now on give records with ``hidden(index)``, and with their pictures only where ``pictures`` says so."""
+        self._hidden, self._shows = hidden, pictures
+
+    def _complete(self, where: str, example: Example) -> tuple[Example, torch.Tensor | None]:
+        """An outline with its pictures, and its record's hidden states where they are kept."""
+        hidden = None
+        if self._hidden is not None:
+            hidden = self._hidden(example.number)
+            if hidden is None:
+                raise BrokenImage(
+                    f"{where}: a picture of it could not be opened when the hidden states were computed",
+                    everywhere=False,
+                )
+        return self.builder.illustrate(where, example) if self._shows else example, hidden
 
     def __getitem__(self, index: int) -> E:
         if not 0 <= index < len(self):

@@ -96,10 +96,15 @@ class ImageLoader:
         self.image_aspect_ratio = image_aspect_ratio
         self._recent: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._features: dict[str, str] = {}
+        self._flag = ""
+        self._no_features: torch.Tensor | None = None
 
-    def use_features(self, files: dict[str, str]) -> None:
-        """From now on give what the tower saw, (T, D), for the pictures with a file of it."""
-        self._features = files
+    def use_features(self, files: dict[str, str], flag: str, blank: torch.Tensor | None = None) -> None:
+        """From now on give features, (T, D), for the pictures with a file of them; where there is no picture ``blank``.
+
+        ``flag`` is what had them kept.
+        """
+        self._features, self._flag, self._no_features = files, flag, blank
         self._recent.clear()
 
     def __call__(self, path: str, where: str) -> torch.Tensor:
@@ -123,7 +128,7 @@ class ImageLoader:
             return load_file(self._features[path])["features"]
         except (OSError, SafetensorError, KeyError) as error:
             raise UserError(
-                f"--feature_cache: {self._features[path]}: cannot be read ({error}); remove the file", everywhere=False
+                f"{self._flag}: {self._features[path]}: cannot be read ({error}); remove the file", everywhere=False
             ) from None
 
     def levels(self) -> torch.Tensor:
@@ -134,6 +139,8 @@ class ImageLoader:
 
     def blank(self) -> torch.Tensor:
         """What stands in for a picture where a batch has none, (3, H, W); in place of features, (T, D)."""
+        if self._no_features is not None:
+            return self._no_features
         if self._features:
             return torch.zeros_like(self._kept(next(iter(self._features))))
         size = self.image_processor.crop_size

@@ -7,6 +7,8 @@ first picture become one tree, and all trees of a batch lie behind each other in
     [ ... picture, prompt | chosen | rejected ][ ... picture | question, chosen | rejected | question, chosen | ... ]
       trunk                 branches             trunk         branches
 
+Rows may also be told apart by owner: then what an owner's rows are computed from does not depend on the batch.
+
 A token sees its ancestors and itself, and its position counts them, so that every row gets exactly what it would get by
 itself (prefix sharing; Hydragen, arXiv:2402.05099; for preference pairs https://github.com/frankxwang/dpo-prefix-sharing).
 """
@@ -71,13 +73,15 @@ def pack(
     labels: Sequence[Sequence[int]],
     tokens_per_image: int,
     max_length: int | None = None,
+    owners: Sequence[int] | None = None,
 ) -> PackedRows:
     """Rows of symbols and their labels -> trees.
 
     A picture stands for ``tokens_per_image`` tokens; rows are cut to ``max_length`` tokens with pictures expanded, as
-    the splice of separate rows does.
+    the splice of separate rows does. With ``owners``, a number for every row, each owner's rows are one tree, in order
+    of the owners' first rows.
     """
-    stream, trees, paths = _plant(rows, tokens_per_image, max_length)
+    stream, trees, paths = _plant(rows, tokens_per_image, max_length, owners)
     pairs: dict[tuple[int, int], int] = {}
     label_index, label_row = [], []
     for number, (row, path) in enumerate(zip(labels, (paths[i] for i in range(len(rows))), strict=True)):
@@ -119,7 +123,10 @@ def pack_prompts(rows: Sequence[Sequence[Symbol]], tokens_per_image: int, max_le
 
 
 def _plant(
-    rows: Sequence[Sequence[Symbol]], tokens_per_image: int, max_length: int | None
+    rows: Sequence[Sequence[Symbol]],
+    tokens_per_image: int,
+    max_length: int | None,
+    owners: Sequence[int] | None = None,
 ) -> tuple[_Stream, list[list[int]], dict[int, list[int]]]:
     """All trees: the stream, of each tree its start, its trunk's end and its end, and of each row its path.
 
@@ -127,23 +134,24 @@ def _plant(
     """
     stream, trees = _Stream(), []
     paths: dict[int, list[int]] = {}
-    for members in _groups(rows):
+    for members in _groups(rows, owners):
         start = len(stream.ids)
         trunk_end = _grow(stream, rows, members, tokens_per_image, max_length, paths)
         trees.append([start, trunk_end, len(stream.ids)])
     return stream, trees, paths
 
 
-def _groups(rows: Sequence[Sequence[Symbol]]) -> list[list[int]]:
+def _groups(rows: Sequence[Sequence[Symbol]], owners: Sequence[int] | None) -> list[list[int]]:
     """Rows that share a tree: those with the same beginning up to their first picture; text alone shares none.
 
-    A template's few words before different pictures would not be worth the attention between them.
+    A template's few words before different pictures would not be worth the attention between them. Where rows have
+    ``owners``, those of one owner share.
     """
     groups: dict[Hashable, list[int]] = {}
     for number, row in enumerate(rows):
         first = next((i for i, symbol in enumerate(row) if isinstance(symbol, tuple)), None)
         key = number if first is None else tuple(row[: first + 1])
-        groups.setdefault(key, []).append(number)
+        groups.setdefault(key if owners is None else owners[number], []).append(number)
     return list(groups.values())
 
 
@@ -203,8 +211,13 @@ def _common(rows: Sequence[Sequence[Symbol]], together: list[int], read: int) ->
     return symbol if all(read < len(rows[i]) and rows[i][read] == symbol for i in together[1:]) else None
 
 
-def pack_batch(batch: dict[str, torch.Tensor], tokens_per_image: int, max_length: int | None) -> PackedRows:
-    """The padded batch of ``llava.data.collate`` as trees."""
+def pack_batch(
+    batch: dict[str, torch.Tensor],
+    tokens_per_image: int,
+    max_length: int | None,
+    owners: Sequence[int] | None = None,
+) -> PackedRows:
+    """The padded batch of ``llava.data.collate`` as trees; ``owners`` as in ``pack``."""
     rows: list[list[Symbol]] = []
     labels = []
     for ids, mask, targets, slots in zip(
@@ -221,4 +234,4 @@ def pack_batch(batch: dict[str, torch.Tensor], tokens_per_image: int, max_length
         shown = iter(pictures)
         rows.append([(i, next(shown)) if i == IMAGE_TOKEN_INDEX else i for i in row])
         labels.append(targets[mask].tolist())
-    return pack(rows, labels, tokens_per_image, max_length)
+    return pack(rows, labels, tokens_per_image, max_length, owners)

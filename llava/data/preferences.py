@@ -7,6 +7,7 @@ answer and one of four prompts drawn by ``random.Random(42)``, in this order, th
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.data.collate import PreferenceExample
+from llava.data.captions import Captions
+from llava.data.collate import Example, PreferenceExample
 from llava.data.examples import ExampleBuilder, SkippingDataset
 from llava.data.images import drop_missing, join
 from llava.errors import UserError
@@ -162,6 +164,8 @@ def _read_held_out(path: str | None, genome: VisualGenome | None, image_folder: 
 class PreferencePairs(SkippingDataset[PreferenceExample]):
     """Pairs ready for training: tokenized and checked at once (they are few), pictures loaded when asked for.
 
+    With ``bring`` every pair comes with a record of another data set, ``aux``, for its language-model loss.
+
     Raises:
         UserError: a picture is missing, an answer is empty or wholly cut off, or chosen and rejected are the same.
     """
@@ -185,6 +189,8 @@ class PreferencePairs(SkippingDataset[PreferenceExample]):
         rows = {pair: (self._row(pair, "chosen"), self._row(pair, "rejected")) for pair in distinct}
         self._rows = [rows[pair] for pair in self.pairs]
         self._logps: torch.Tensor | None = None  # (pairs, 2) of the reference, where they are known
+        self.aux: Captions | None = None
+        self._aux_order: list[int] = []
 
     def _row(self, pair: Pair, side: str) -> tuple[list[int], list[int]]:
         answer = getattr(pair, side)
@@ -199,9 +205,14 @@ class PreferencePairs(SkippingDataset[PreferenceExample]):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def outline(self, index: int) -> PreferenceExample:
+        pictures = (self.pairs[index].image,)
+        chosen, rejected = (Example(*row, pictures, None, index) for row in self._rows[index])
+        return PreferenceExample(chosen, rejected, index)
+
     def make(self, index: int) -> PreferenceExample:
-        pair, (chosen, rejected) = self.pairs[index], self._rows[index]
-        row = self.builder.example(pair.where, *chosen, [pair.image])
+        pair, outline = self.pairs[index], self.outline(index)
+        chosen, hidden = self._complete(pair.where, outline.chosen)
         known = None if self._logps is None else tuple(self._logps[index].tolist())
         if known is not None and math.isnan(known[0]):
             raise UserError(
@@ -209,7 +220,25 @@ class PreferencePairs(SkippingDataset[PreferenceExample]):
                 "start the run again",
                 everywhere=False,
             )
-        return PreferenceExample(row, row._replace(input_ids=rejected[0], labels=rejected[1]), index, known)
+        return PreferenceExample(
+            chosen, outline.rejected._replace(images=chosen.images), index, known, self._aux_of(index), hidden
+        )
+
+    def bring(self, aux: Captions, seed: int) -> None:
+        """Let every pair bring a record of ``aux``: pair i the (i mod m)-th of the m records in an order by ``seed``.
+
+        A pair brings the same record in every epoch.
+        """
+        self.aux = aux
+        self._aux_order = torch.randperm(len(aux), generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def _aux_of(self, index: int) -> Example | None:
+        return None if self.aux is None else self.aux[self._aux_order[index % len(self._aux_order)]]
+
+    def alone(self) -> PreferencePairs:
+        pairs = copy.copy(self)
+        pairs.aux = None
+        return pairs
 
     def remember_reference(self, logps: torch.Tensor) -> None:
         """The reference's log-probabilities of all pairs, (pairs, 2): chosen, rejected."""
@@ -219,11 +248,6 @@ class PreferencePairs(SkippingDataset[PreferenceExample]):
     def picture_paths(self) -> list[str]:
         """The picture of every pair."""
         return [pair.image for pair in self.pairs]
-
-    @property
-    def contents(self) -> list[tuple[tuple[list[int], list[int]], tuple[list[int], list[int]], str]]:
-        """What decides a pair's numbers: ids and labels of the chosen and the rejected row, path of the picture."""
-        return [(*rows, pair.image) for rows, pair in zip(self._rows, self.pairs, strict=True)]
 
     @property
     def modality_lengths(self) -> list[int]:

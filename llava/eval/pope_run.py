@@ -23,6 +23,7 @@ from llava.eval.answer_files import AnswerFile
 from llava.eval.pope import Answer, Confusion, Label, read_labels, read_questions_of, score, set_of
 from llava.files import sha256
 from llava.model.checkpoint import fingerprint
+from llava.model.delta import read_chain, split_names
 
 # Seconds between updates of the progress bar: a queued job's log should not be made of them.
 MIN_INTERVAL = 0.5 if sys.stderr.isatty() else 30.0
@@ -79,8 +80,8 @@ def output_dir(model_path: str, given: str | None) -> Path:
     """``--output_dir``, else ``pope/`` inside the checkpoint, else (a hub id) ``pope_results/NAME/``."""
     if given:
         return Path(given)
-    model = Path(model_path).expanduser()
-    return model / "pope" if model.is_dir() else Path("pope_results") / model_path.strip("/").split("/")[-1]
+    model = Path(split_names(model_path)[-1]).expanduser()
+    return model / "pope" if model.is_dir() else Path("pope_results") / str(model).strip("/").split("/")[-1]
 
 
 @dataclass
@@ -240,6 +241,7 @@ def rank_0s(value: int, world: World) -> int:
     return held[0]
 
 
-def model_key(model_path: str, model_base: str | None) -> dict[str, Any]:
-    """What tells one model from another: the weight files of its folders."""
-    return {flag: fingerprint(path) for flag, path in (("model", model_path), ("base", model_base)) if path}
+def model_key(model_path: str, model_base: str | None, cache_dir: str | None = None) -> dict[str, Any]:
+    """What tells one model from another: the weight files of its folders, the newest first."""
+    chain = read_chain(model_path, "--model-path", cache_dir, model_base)
+    return {"model": [fingerprint(folder) for folder in chain.folders]}

@@ -15,24 +15,17 @@ import torch
 from transformers import CLIPImageProcessorPil, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-from llava.errors import UserError, warn
-from llava.files import existing, read_object
+from llava.errors import UserError
+from llava.files import read_object
 from llava.model.checkpoint import (
     ADAPTER_WEIGHTS,
-    CONNECTOR,
-    NON_LORA,
     PROJECTOR,
     TOWER,
     State,
-    assign,
     first_of,
     has_tower,
-    has_weights,
-    read_connector,
-    read_model_weights,
     read_tensors,
     read_tower_weights,
-    strip_prefixes,
 )
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_qwen2 import LlavaQwen2Config, LlavaQwen2ForCausalLM
@@ -66,7 +59,7 @@ CLIP_SHAPE = (
 PREPROCESSOR = "preprocessor_config.json"
 
 # LoRA belongs to the language model. Bare target names would also match the tower's q/k/v_proj.
-LORA_EXCLUDED = r".*(vision_tower|mm_projector).*"
+LORA_EXCLUDED = r".*(vision_tower|mm_projector|post_block).*"
 
 
 def local_folder(name_or_path: str, flag: str, near: Sequence[Path] = (), cache_dir: str | None = None) -> Path:
@@ -97,13 +90,12 @@ def local_folder(name_or_path: str, flag: str, near: Sequence[Path] = (), cache_
         ) from None
 
 
-def read_config(folder: Path, flag: str = "--model-path") -> dict[str, Any]:
-    """``config.json`` of a LLaVA in its original format.
+def check_config(config: dict[str, Any], folder: Path, flag: str) -> dict[str, Any]:
+    """``config``, read in ``folder``, which must be that of a LLaVA in its original format.
 
     Raises:
         UserError: another kind of model, with what was found and what is expected.
     """
-    config = read_object(existing(folder / "config.json", flag))
     kind = config.get("model_type")
     if config.get("text_config"):
         raise UserError(
@@ -149,6 +141,12 @@ def tower_shape(tower: Path) -> dict[str, Any]:
     return {key: shape[key] for key in CLIP_SHAPE}
 
 
+def model_settings(config: dict[str, Any]) -> Any:
+    """``config.json`` as the model's own class of configuration, without what belongs to the file."""
+    skipped = ("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path")
+    return FAMILIES[config["model_type"]][0](**{k: v for k, v in config.items() if k not in skipped})
+
+
 def assemble(
     config: dict[str, Any],
     state: State,
@@ -163,9 +161,8 @@ def assemble(
     Raises:
         UserError: weights are missing, too many, or of another shape.
     """
-    config_class, model_class = FAMILIES[config["model_type"]]
-    skipped = ("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path")
-    settings = config_class(**{k: v for k, v in config.items() if k not in skipped})
+    model_class = FAMILIES[config["model_type"]][1]
+    settings = model_settings(config)
     if not any(key.startswith(TOWER) for key in state):
         if tower is None:
             raise UserError(
@@ -249,12 +246,9 @@ def fresh_connector(config: dict[str, Any], seed: int) -> State:
 
 
 def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
-    """``model`` with the LoRA in ``folder`` on it, as LLaVA, HA-DPO and this toolkit write it."""
+    """``model`` with the LoRA in ``folder`` on it; the tensors that come with a LoRA must be in the model already."""
     from peft import PeftConfig, PeftModel
 
-    non_lora = first_of(folder, NON_LORA)
-    if non_lora is not None:
-        assign(model, strip_prefixes(read_tensors(non_lora)), non_lora)
     weights = first_of(folder, ADAPTER_WEIGHTS)
     if weights is None:
         raise UserError(f"{folder}: no adapter weights; expected {' or '.join(ADAPTER_WEIGHTS)}")
@@ -281,13 +275,17 @@ def load_pretrained_model(
 ) -> tuple[PreTrainedTokenizerBase, Any, CLIPImageProcessorPil, int]:
     """Upstream's loader: ``(tokenizer, model, image_processor, context_len)``, ready to generate.
 
-    ``model_path`` may hold a whole model, a LoRA (with ``non_lora_trainables``) or only a connector
-    (``mm_projector.bin``); the latter two need ``model_base``. ``model_name`` is accepted and not needed. The dtype is
-    float16 on CUDA, as upstream, and float32 on the CPU unless ``dtype`` says otherwise. LoRA weights are merged.
+    ``model_path`` may hold a whole model or a delta (a LoRA, a connector, whatever else was trained on a frozen
+    backbone), or be several, ``A,B``. A delta finds its base by its ``delta.json``; ``model_base`` says where it lies
+    instead, and must be given for a delta without one (upstream's). ``model_name`` is accepted and not needed. The
+    dtype is float16 on CUDA, as upstream, and float32 on the CPU unless ``dtype`` says otherwise. LoRA weights are
+    merged.
 
     Raises:
         UserError: what was found cannot be loaded, with what to pass instead.
     """
+    from llava.model.delta import read_chain  # which builds models too
+
     on_cuda = str(device).startswith("cuda") and torch.cuda.is_available()
     dtype = dtype or (torch.float16 if on_cuda else torch.float32)
     options: dict[str, Any] = {}
@@ -298,38 +296,18 @@ def load_pretrained_model(
     if load_8bit or load_4bit:
         options["quantization_config"] = _quantization(load_4bit, dtype)
 
-    folder = local_folder(model_path, "--model-path", cache_dir=cache_dir)
-    is_lora = (folder / "adapter_config.json").is_file()
-    is_connector = not is_lora and not has_weights(folder) and first_of(folder, CONNECTOR) is not None
-    if not (is_lora or is_connector):
-        if model_base is not None:
-            warn(f"--model-base {model_base} is not used: {model_path} is a whole model")
-        config, tower = with_tower(read_config(folder), folder, cache_dir=cache_dir)
-        model = assemble(config, read_model_weights(folder), folder, dtype, tower, **options)
-        base = folder
-    else:
-        if model_base is None:
-            what = "a LoRA adapter" if is_lora else "only a connector"
-            raise UserError(f"--model-path {model_path} holds {what}; pass the model it was trained on as --model-base")
-        base = local_folder(model_base, "--model-base", cache_dir=cache_dir)
-        config, tower = with_tower(read_config(folder), folder, base, cache_dir=cache_dir)
-        state = read_model_weights(base)
-        if is_connector or not any(key.startswith(PROJECTOR) for key in state):
-            connector = first_of(folder, CONNECTOR if is_connector else NON_LORA)
-            if connector is None:
-                raise UserError(f"--model-base {model_base} has no connector, and {folder} brings none")
-            state = {**state, **read_connector(connector)}
-        model = assemble(config, state, base, dtype, tower, **options)
-        if is_lora:
-            model = load_adapter(model, folder).merge_and_unload()
+    chain = read_chain(model_path, "--model-path", cache_dir, model_base)
+    config, tower = chain.configured()
+    model = assemble(config, chain.state(dtype, adapter=False), chain.source, dtype, tower, **options)
+    if chain.adapter is not None:
+        model = load_adapter(model, chain.adapter).merge_and_unload()
     if not on_cuda and device not in ("cuda", "cpu"):
         model = model.to(device)
 
-    own_tokenizer = (folder / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(folder if own_tokenizer else base)
+    tokenizer = load_tokenizer(chain.folder_with("tokenizer_config.json"))
     _add_image_marks(model, tokenizer)
     context_len = getattr(model.config, "max_sequence_length", 2048)
-    image_processor = load_image_processor(folder, base, tower)
+    image_processor = load_image_processor(*chain.folders, tower)
     model.get_vision_tower().image_processor = image_processor
     return tokenizer, model.eval(), image_processor, context_len
 

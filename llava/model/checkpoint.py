@@ -8,6 +8,9 @@ cannot read, and write files whole.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import json
 import os
 import pickle
@@ -23,17 +26,21 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llava.errors import UserError
-from llava.files import atomic_write, publish, read_object, write_json
+from llava.files import atomic_write, publish, read_object, sha256, write_json
 
 State = dict[str, torch.Tensor]
 
 TOWER = "model.vision_tower.vision_tower."
 PROJECTOR = "model.mm_projector."
+POST_BLOCK = "post_block."
+HEAD = "lm_head.weight"
+EMBEDDINGS = "model.embed_tokens.weight"
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA = ("non_lora_trainables.bin", "non_lora_trainables.safetensors")
 CONNECTOR = ("mm_projector.bin", "mm_projector.safetensors")
+DELTA = "delta.safetensors"
 
 # Buffers that old checkpoints carry and today's modules compute.
 _DROPPED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
@@ -155,7 +162,8 @@ def strip_prefixes(state: State) -> State:
     state = {key.removeprefix("base_model."): value for key, value in state.items()}
     if any(key.startswith("model.model.") for key in state):
         state = {key.removeprefix("model."): value for key, value in state.items()}
-    return runtime_names(state)
+    # Beside these alone nothing starts with "model.model.".
+    return runtime_names({re.sub(r"^model\.(lm_head|post_block)\.", r"\1.", k): v for k, v in state.items()})
 
 
 def assign(model: nn.Module, state: State, source: str | os.PathLike[str]) -> None:
@@ -182,8 +190,6 @@ def assign(model: nn.Module, state: State, source: str | os.PathLike[str]) -> No
 
 def gathered(parameters: list[nn.Parameter], modify: bool = False) -> Any:
     """Context in which partitioned parameters are whole; nothing happens to ordinary ones."""
-    import contextlib
-
     if not any(hasattr(p, "ds_id") for p in parameters):
         return contextlib.nullcontext()
     import deepspeed
@@ -246,10 +252,49 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
-def fingerprint(path: str) -> list[list[Any]] | str:
-    """Name, size and time of a folder's weight files (cheap, and different after any training); a hub id itself."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        return path
+def fingerprint(folder: Path) -> list[list[Any]]:
+    """Name, size and time of a folder's weight files: cheap, and different after any training."""
     files = sorted(f for f in folder.iterdir() if f.suffix in (".bin", ".safetensors") or f.name == "config.json")
     return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+def content_hash(files: Iterable[Path]) -> str:
+    """Hex SHA-256 over the contents of ``files`` in their order, wherever they lie and whatever they are called."""
+    return hashlib.sha256("".join(_file_hash(file) for file in files).encode()).hexdigest()
+
+
+# Bytes; a smaller file is read sooner than what is remembered of it would be worth keeping.
+WORTH_REMEMBERING = 64 << 20
+
+
+def _file_hash(file: Path) -> str:
+    found = file.resolve()
+    if found.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", found.name):
+        return found.name  # the hub's cache calls large files by their SHA-256
+    try:
+        status = found.stat()
+        return _hash_once(str(found), status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); download the checkpoint again") from None
+
+
+@functools.cache
+def _hash_once(path: str, size: int, mtime_ns: int) -> str:
+    """A file's SHA-256, remembered on disk where reading it again would take long."""
+    if size < WORTH_REMEMBERING:
+        return sha256(path)
+    memo = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llava" / "sha256.json"
+    before = _remembered(memo).get(path)
+    if isinstance(before, list) and before[:2] == [size, mtime_ns] and len(before) == 3:
+        return before[2]
+    digest = sha256(path)
+    with contextlib.suppress(OSError):  # nothing but time is lost
+        write_json(memo, {**_remembered(memo), path: [size, mtime_ns, digest]})
+    return digest
+
+
+def _remembered(memo: Path) -> dict[str, Any]:
+    try:
+        return read_object(memo)
+    except UserError:
+        return {}

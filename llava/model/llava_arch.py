@@ -417,9 +417,10 @@ class LlavaMetaForCausalLM:
             whole = block is not None and block.needs_rows
             if backbone is None:
                 backbone = run_layers(self.model, self.embed_stream(rows, pictures.features), rows, whole=whole)
-            hidden = backbone
             if block is not None:
                 hidden = block(backbone, self.tree_sight(rows, pictures, backbone))
+            else:  # whole rows: what another model's block got
+                hidden = backbone if len(backbone) == len(rows["queries"]) else backbone[rows["queries"]]
         logps, mean_logits = self.lm_head(hidden, rows["label_at"], rows["targets"])  # (U,) each
         index = rows["label_index"]
         scores = LabelScores(

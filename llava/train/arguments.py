@@ -25,6 +25,7 @@ from llava.files import existing
 from llava.train.deepspeed_config import deepspeed_config
 
 REFERENCES = ("auto", "cache", "copy")
+REFERENCES_FROM = ("start", "base")
 TRAIN_TYPES = ("projector", "use_lora", "none", "freeze_vision")
 
 
@@ -138,7 +139,10 @@ class PreferenceArguments(ImageArguments):
     )
     aux_data: str | None = field(
         default=None,
-        metadata={"help": "LLaVA conversation JSON whose language-model loss is added to DPO's (--aux_weight)"},
+        metadata={
+            "help": "LLaVA conversations whose language-model loss is added to DPO's (--aux_weight): pair i brings "
+            "record i mod m of the m, shuffled with --seed"
+        },
     )
 
     def __post_init__(self) -> None:
@@ -147,8 +151,15 @@ class PreferenceArguments(ImageArguments):
             raise UserError(
                 "no preference data: pass --desc_data_path and --pope_data_path with --vg_path, or --data_path"
             )
+        if self.aux_data:
+            existing(self.aux_data, "--aux_data")
         if (self.desc_data_path or self.pope_data_path) and not self.vg_path:
             raise UserError("--desc_data_path and --pope_data_path name Visual Genome images; pass --vg_path")
+
+    @property
+    def files(self) -> tuple[str | None, ...]:
+        """All files of records."""
+        return (self.desc_data_path, self.pope_data_path, self.data_path, self.eval_data_path, self.aux_data)
 
 
 @dataclass
@@ -341,6 +352,12 @@ class DPOTrainingArguments(LlavaTrainingArguments):
             raise UserError(f"--beta {self.beta}: expected a positive number")
         if self.reference not in REFERENCES:
             raise UserError(f"--reference {self.reference}: expected one of {', '.join(REFERENCES)}")
+        if self.reference_from not in REFERENCES_FROM:
+            raise UserError(f"--reference_from {self.reference_from}: expected one of {', '.join(REFERENCES_FROM)}")
+        if self.aux_weight <= 0:
+            raise UserError(
+                f"--aux_weight {self.aux_weight}: expected a positive number; without --aux_data leave it out"
+            )
         if self.reference_cache and self.reference != "cache":
             raise UserError(f"--reference_cache has nothing to do with --reference {self.reference}; pass cache")
         if self.group_by_image and self.group_by_modality_length:
@@ -364,6 +381,7 @@ AT_LEAST = {
     "lora_dropout": 0,
     "learning_rate": 0,
     "weight_decay": 0,
+    "post_block_lr": 0,
     "seed": 0,
     "dataloader_num_workers": 0,
 }
@@ -418,8 +436,11 @@ def _settle_idle(parsed: list[Any], given: set[str]) -> None:
     """Flags whose work another flag takes away: a note where nothing else is meant, an error where two contradict."""
     values = {name: value for group in parsed for name, value in vars(group).items()}
     idle = {}
-    if not values["lora_enable"] and values.get("train_type") != "use_lora":
+    trains_lora = "lora" in (values["tune"] or "").split(",") or values.get("train_type") == "use_lora"
+    if not (values["lora_enable"] or trains_lora):
         idle |= dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout"), "--lora_enable is False")
+    if not values.get("aux_data"):
+        idle |= {"aux_weight": "there is no --aux_data"}
     if values["eval_data_path"] is None:
         idle |= {"eval_steps": "there is no --eval_data_path"}
     for flag in sorted(given & idle.keys()):

@@ -16,20 +16,19 @@ from llava.data.images import ImageLoader
 from llava.errors import UserError, note
 from llava.files import existing, read_object
 from llava.model.builder import (
-    FAMILIES,
-    LANGUAGE_MODELS,
     assemble,
     blank_config,
     fresh_connector,
     load_image_processor,
     local_folder,
-    read_config,
+    model_settings,
     tower_shape,
-    with_tower,
 )
-from llava.model.checkpoint import read_connector, read_model_weights
+from llava.model.checkpoint import EMBEDDINGS, HEAD, State, read_connector
 from llava.model.decoder import why_not
+from llava.model.delta import Chain, Standing, lay_over, read_chain, saves_delta
 from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.post_block.builder import block_settings, fresh_block
 from llava.tokenization import load_tokenizer
 
 
@@ -37,11 +36,13 @@ from llava.tokenization import load_tokenizer
 class ModelPlan:
     """A model that is known but not loaded: everything the data needs, and ``load`` for the weights."""
 
-    folder: Path
+    chain: Chain
     tower: Path | None
     config: dict[str, Any]
     blank: bool  # a language model that gets a tower and a new connector
-    connector: str | None  # --pretrain_mm_mlp_adapter
+    new_block: bool  # --post_block put one in
+    untied: bool  # lm_head trains and was the embeddings
+    writes_delta: bool  # this process writes delta.json
     dtype: torch.dtype  # of the weights
     compute_dtype: torch.dtype
     attn_implementation: str | None
@@ -49,15 +50,65 @@ class ModelPlan:
     tokenizer: PreTrainedTokenizerBase
     image_processor: Any
 
+    @property
+    def folder(self) -> Path:
+        """The whole model at the root."""
+        return self.chain.root_folder
+
+    @property
+    def connector(self) -> Path | None:
+        """``--pretrain_mm_mlp_adapter``."""
+        return self.chain.connector
+
     def load(self) -> Any:
         """The model with its weights; a second call gives the same model again."""
-        state = read_model_weights(self.folder)
+        state = self.chain.state(self.dtype)
+        new = self._new_tensors(state)
+        model = self._assemble(self.config, lay_over(state, new), self.chain.source)
+        model.stands_on = Standing(frozenset(new), self.chain.card() if self.writes_delta else None)
+        return model
+
+    def _new_tensors(self, state: State) -> State:
+        """What neither the model nor its deltas hold."""
+        new: State = {}
         if self.connector is not None:
-            state = {**state, **read_connector(existing(self.connector, "--pretrain_mm_mlp_adapter"))}
+            new |= read_connector(self.connector)
         elif self.blank:
-            state = {**state, **fresh_connector(self.config, self.seed)}
+            new |= fresh_connector(self.config, self.seed)
+        if self.new_block:
+            new |= fresh_block(self.config, self.seed)
+        if self.untied:
+            new[HEAD] = state[EMBEDDINGS].clone()
+        return new
+
+    def base_config(self) -> dict[str, Any]:
+        """Config of the whole model at the root, for pictures and rows as this plan prepares them.
+
+        Raises:
+            UserError: the root is a language model, which knows no pictures.
+        """
+        root = self.chain.root()
+        if root.blank:
+            raise UserError(
+                f"--reference_from base: {root.newest} is a language model, which sees no pictures; pass start"
+            )
+        ours = ("image_aspect_ratio", "tokenizer_model_max_length", "tokenizer_padding_side")
+        config = {**root.config(), **{key: self.config[key] for key in ours}}
+        return {"mm_vision_config": self.config["mm_vision_config"], **config}
+
+    def base_state(self) -> State:
+        """Weights of the whole model at the root, without any delta; the head is there also where it is tied."""
+        state = self.chain.root().state(self.dtype)
+        tied = model_settings(self.base_config()).tie_word_embeddings
+        return {**state, HEAD: state[EMBEDDINGS]} if tied else state
+
+    def load_base(self) -> Any:
+        """The whole model at the root, without any delta."""
+        return self._assemble(self.base_config(), self.base_state(), self.folder)
+
+    def _assemble(self, config: dict[str, Any], state: State, source: Path) -> Any:
         options = {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
-        return assemble(self.config, state, self.folder, self.dtype, self.tower, **options)
+        return assemble(config, state, source, self.dtype, self.tower, **options)
 
 
 def plan_model(model_args: Any, data_args: Any, train_args: Any, parts: set[str]) -> ModelPlan:
@@ -67,20 +118,22 @@ def plan_model(model_args: Any, data_args: Any, train_args: Any, parts: set[str]
         UserError: a model that cannot be trained, or flags that do not fit it.
     """
     name, cache = model_args.model_name_or_path, train_args.cache_dir
-    folder = local_folder(name, "--model_name_or_path", cache_dir=cache)
-    kind = read_object(existing(folder / "config.json", "--model_name_or_path")).get("model_type")
-    blank = kind in LANGUAGE_MODELS
+    chain = read_chain(name, "--model_name_or_path", cache)
+    _keep_apart(chain, Path(train_args.output_dir))
+    blank = chain.blank
     if blank:
         if not model_args.vision_tower:
             raise UserError(
                 f"--model_name_or_path {name} is a language model; pass --vision_tower to make a LLaVA of it"
             )
-        config, tower = blank_config(folder, model_args, cache)
-    elif kind in FAMILIES:
-        config, tower = _existing_config(folder, model_args, cache)
+        config, tower = blank_config(chain.newest, model_args, cache)
     else:
-        read_config(folder, "--model_name_or_path")  # says what it is
-        raise AssertionError("read_config refuses every other kind")
+        config, tower = _existing_config(chain, model_args, cache)
+    chain.tower = tower
+    if model_args.pretrain_mm_mlp_adapter is not None:
+        chain.connector = existing(model_args.pretrain_mm_mlp_adapter, "--pretrain_mm_mlp_adapter")
+    new_block = _put_block(config, model_args, parts, chain.newest)
+    untied = _untie(config, parts, chain.newest)
 
     aspect = data_args.image_aspect_ratio or config.get("image_aspect_ratio") or "square"
     config.update(
@@ -91,30 +144,90 @@ def plan_model(model_args: Any, data_args: Any, train_args: Any, parts: set[str]
         freeze_mm_mlp_adapter="projector" not in parts,
         mm_projector_lr=train_args.mm_projector_lr,
     )
-    tokenizer = load_tokenizer(folder, model_max_length=train_args.model_max_length, padding_side="right")
+    tokenizer_folder = chain.folder_with("tokenizer_config.json")
+    tokenizer = load_tokenizer(tokenizer_folder, model_max_length=train_args.model_max_length, padding_side="right")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     # Weights that do not train may be as coarse as the arithmetic; DeepSpeed keeps float32 masters of its own.
     coarse = "backbone" not in parts or train_args.deepspeed
-    return ModelPlan(
-        folder=folder,
+    plan = ModelPlan(
+        chain=chain,
         tower=tower,
         config=config,
         blank=blank,
-        connector=model_args.pretrain_mm_mlp_adapter,
+        new_block=new_block,
+        untied=untied,
+        writes_delta=saves_delta(parts) and train_args.should_save,
         dtype=train_args.compute_dtype if coarse else torch.float32,
         compute_dtype=train_args.compute_dtype,
         attn_implementation=model_args.attn_implementation,
         seed=train_args.seed,
         tokenizer=tokenizer,
-        image_processor=load_image_processor(folder, tower),
+        image_processor=load_image_processor(*chain.folders, tower),
     )
+    if getattr(train_args, "reference_from", None) == "base":
+        plan.base_config()  # refused here where there is none
+    return plan
 
 
-def _existing_config(folder: Path, model_args: Any, cache: str | None) -> tuple[dict[str, Any], Path | None]:
+def _keep_apart(chain: Chain, output_dir: Path) -> None:
+    """A run must not write over, or rotate away, what it starts from: its deltas would stand on nothing."""
+    output = output_dir.expanduser().resolve()
+    for folder in (path.resolve() for path in chain.folders):
+        if folder == output or (folder.parent == output and folder.name.startswith("checkpoint-")):
+            raise UserError(f"--output_dir {output_dir}: the run starts from {folder}; choose another --output_dir")
+
+
+def _put_block(config: dict[str, Any], model_args: Any, parts: set[str], folder: Path) -> bool:
+    """Enter ``--post_block`` into ``config``; True where the model has none yet.
+
+    Raises:
+        UserError: it has another one, or none where one is to train.
+    """
+    own = config.get("post_block")
+    if model_args.post_block is None:
+        if model_args.post_block_config is not None:
+            raise UserError("--post_block_config has nothing to do without --post_block; pass both")
+        if "post_block" in parts and own is None:
+            raise UserError(f"{folder} has no post block to train; pass --post_block")
+        return False
+    settings = block_settings(model_args.post_block, model_args.post_block_config)
+    if own is not None and own != settings:
+        raise UserError(
+            f"--post_block {model_args.post_block}: {folder} has a block already, {own}, which is not {settings}; "
+            "leave --post_block out to go on with it"
+        )
+    config["post_block"] = settings
+    return own is None
+
+
+def _untie(config: dict[str, Any], parts: set[str], folder: Path) -> bool:
+    """Part lm_head from the embeddings where it alone trains; True where they were one tensor.
+
+    Raises:
+        UserError: the embeddings train and the head, the same tensor, does not.
+    """
+    if not model_settings(config).tie_word_embeddings:
+        return False
+    if "backbone" in parts:
+        if "lm_head" not in parts:
+            raise UserError(
+                f"{folder}: lm_head and the embeddings are one tensor (tie_word_embeddings), so the backbone does not "
+                "train without lm_head; let both train, or neither"
+            )
+        return False
+    if "lm_head" not in parts:
+        return False
+    config["tie_word_embeddings"] = False
+    note(f"{folder}: lm_head is parted from the embeddings (tie_word_embeddings), which do not train")
+    return True
+
+
+def _existing_config(chain: Chain, model_args: Any, cache: str | None) -> tuple[dict[str, Any], Path | None]:
     """A LLaVA's config with what the flags may change: the tower's place, the layer its features come from."""
-    config = read_config(folder, "--model_name_or_path")
+    folder = chain.newest
     if model_args.vision_tower:
+        config = chain.config()
         tower = local_folder(model_args.vision_tower, "--vision_tower", cache_dir=cache)
         shape = tower_shape(tower)
         if shape["hidden_size"] != config["mm_hidden_size"]:
@@ -124,7 +237,7 @@ def _existing_config(folder: Path, model_args: Any, cache: str | None) -> tuple[
             )
         config.update(mm_vision_tower=model_args.vision_tower, mm_vision_config=shape)
     else:
-        config, tower = with_tower(config, folder, cache_dir=cache)
+        config, tower = chain.configured()
     own_type = config.get("mm_projector_type") or "linear"
     if model_args.mm_projector_type not in (None, own_type):
         raise UserError(
@@ -154,13 +267,20 @@ def _tokens_per_image(config: Any) -> int:
 
 
 def collator(plan: ModelPlan, builder: ExampleBuilder, train_args: Any) -> Collator:
-    """Examples -> batches, for this model: rows share their beginnings unless the flags or the model forbid it."""
+    """Examples -> batches, for this model: rows share their beginnings unless the flags or the model forbid it.
+
+    Raises:
+        UserError: they forbid it, and hidden states of trees are to be kept.
+    """
     loader = builder.load_image
     settings = (plan.tokenizer.pad_token_id, plan.config["tokenizer_model_max_length"], loader.blank, loader.levels())
     reason = None if train_args.prefix_sharing else "--prefix_sharing False"
     reason = reason or why_not(PretrainedConfig(**plan.config), plan.attn_implementation)
     if reason is None:
-        return PackingCollator(*settings, tokens_per_image=builder.tokens_per_image)
+        apart = train_args.cache_hidden is not None
+        return PackingCollator(*settings, tokens_per_image=builder.tokens_per_image, apart=apart)
+    if train_args.cache_hidden is not None:
+        raise UserError(f"--cache_hidden keeps what rows that share beginnings give, which do not here: {reason}")
     if train_args.process_index == 0:
         note(f"rows are computed one by one: {reason}")
     return Collator(*settings)
@@ -204,6 +324,7 @@ FREE_ON_RESUME = {
     "dataloader_persistent_workers",
     "dataloader_pin_memory",
     "cache_dir",
+    "cache_hidden",
     "reference_cache",
     "feature_cache",
 }

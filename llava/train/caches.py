@@ -1,15 +1,17 @@
 """What never changes during a run, computed once before the first step and kept on disk.
 
 ``--reference cache``: the reference's log-probabilities of every pair. ``--feature_cache``: the frozen tower's features
-of every picture. Both are shared out over the ranks, and a run that is killed while filling them goes on there.
+of every picture. (``--cache_hidden`` has a file of its own, ``hidden_cache``.) Each is shared out over the ranks, and a
+run that is killed while filling one goes on there.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from llava.errors import BrokenImage, UserError, warn
 from llava.files import publish, sha256
 from llava.model.checkpoint import has_tower, weight_files
 from llava.train.reference import FirstPolicy, Reference
-from llava.train.reference_cache import ReferenceCache, pair_keys
+from llava.train.reference_cache import ReferenceCache, record_keys
 
 PICTURES_AT_A_TIME = 8
 
@@ -50,9 +52,9 @@ def fill_reference(trainer: Any, cache: ReferenceCache, reference: Reference) ->
     Raises:
         UserError: the policy has been trained already, and the reference was the policy at its start.
     """
-    cache.values = _rank_0s(cache.values)  # another run may have added lines while the ranks were reading
+    cache.values = rank_0s(cache.values)  # another run may have added lines while the ranks were reading
     for dataset in [d for d in (trainer.train_dataset, trainer.eval_dataset) if d is not None]:
-        keys = pair_keys(dataset.contents)
+        keys = record_keys(dataset.outline(index) for index in range(len(dataset)))
         missing = {key: index for index, key in enumerate(keys) if key not in cache.values}
         too_late = isinstance(reference, FirstPolicy) and trainer.state.global_step > 0
         if too_late and dataset.skip_missing_images:  # what could not be opened then is not missed now
@@ -73,26 +75,51 @@ def fill_reference(trainer: Any, cache: ReferenceCache, reference: Reference) ->
 def _compute_logps(
     trainer: Any, cache: ReferenceCache, reference: Reference, dataset: Any, keys: list[str], missing: list[int]
 ) -> None:
-    args, accelerator, model = trainer.args, trainer.accelerator, trainer.model_wrapped
+    accelerator, model = trainer.accelerator, trainer.model_wrapped
     if accelerator.is_main_process:
         cache.open()
     accelerator.wait_for_everyone()
     pictures = dataset.picture_paths
     missing.sort(key=pictures.__getitem__)  # pairs about one picture share its row
-    batches = _shared_out(missing, args.per_device_train_batch_size, accelerator)
-    loader = DataLoader(
-        dataset, batch_sampler=batches, collate_fn=trainer.data_collator, num_workers=args.dataloader_num_workers
-    )
-    training = model.training
-    model.eval()
-    for batch in tqdm(loader, desc="reference", unit="batch", disable=not accelerator.is_main_process, mininterval=5):
-        inputs = trainer._prepare_inputs(batch)
-        numbers = inputs.pop("pairs").tolist()
+    for numbers, inputs in each_batch(trainer, dataset, missing, "reference"):
         with trainer.compute_loss_context_manager(), reference.forward_of(model) as reference_model:
             scores = reference_model(**inputs, score_labels=True, use_cache=False).scores
         chosen, rejected = scores.row_sums(scores.logps).chunk(2)
         found = zip([keys[number] for number in numbers], chosen.tolist(), rejected.tolist(), strict=True)
         cache.add(gather_object(list(found)), write=accelerator.is_main_process)
+
+
+class Numbered:
+    """A collator that also says which records a batch is of: a broken picture's place is taken by another's."""
+
+    def __init__(self, collator: Callable) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: Sequence[Any]) -> tuple[list[int], dict[str, Any]]:
+        return [example.number for example in examples], self.collator(examples)
+
+
+def each_batch(
+    trainer: Any, dataset: Any, indices: Sequence[int], title: str
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """This rank's batches of ``indices``, as many as every rank has: numbers of the records, arguments of ``forward``.
+
+    The model is in evaluation mode meanwhile.
+    """
+    args, accelerator, model = trainer.args, trainer.accelerator, trainer.model_wrapped
+    loader = DataLoader(
+        dataset.alone(),
+        batch_sampler=_shared_out(indices, args.per_device_train_batch_size, accelerator),
+        collate_fn=Numbered(trainer.data_collator),
+        num_workers=args.dataloader_num_workers,
+    )
+    training = model.training
+    model.eval()
+    quiet = not accelerator.is_main_process
+    for numbers, batch in tqdm(loader, desc=title, unit="batch", disable=quiet, mininterval=5):
+        inputs = trainer._prepare_inputs(batch)
+        inputs.pop("pairs", None)
+        yield numbers, inputs
     model.train(training)
 
 
@@ -121,33 +148,64 @@ def feature_folder(root: str | None, plan: Any, parts: set[str]) -> Path | None:
     return Path(root).expanduser() / digest[:16]
 
 
-def fill_features(trainer: Any, folder: Path) -> None:
-    """See every picture once and let the data sets load what was seen instead of the picture."""
+def datasets_of(trainer: Any) -> list[Any]:
+    """All that a run takes records from."""
+    train = trainer.train_dataset
+    return [dataset for dataset in (train, trainer.eval_dataset, getattr(train, "aux", None)) if dataset is not None]
+
+
+def distinct_pictures(datasets: Sequence[Any]) -> list[str]:
+    """Every picture of the data sets once."""
+    return list(dict.fromkeys(path for dataset in datasets for path in dataset.picture_paths))
+
+
+def feature_files(folder: Path, pictures: dict[str, str]) -> dict[str, Path]:
+    """Where features of pictures belong, whose SHA-256 are given."""
+    return {path: folder / f"{content[:32]}.safetensors" for path, content in pictures.items()}
+
+
+def see_with_tower(model: Any, pixels: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """What the tower sees: (N, T, D_vision)."""
+    return model.see(pixels, levels)
+
+
+def fill_features(
+    trainer: Any,
+    folder: Path,
+    flag: str = "--feature_cache",
+    see: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor] = see_with_tower,
+    blank: torch.Tensor | None = None,
+    hashes: dict[str, str] | None = None,
+) -> None:
+    """See every picture once and let the data sets load what was seen instead of the picture.
+
+    ``see(model, pictures, levels)`` gives the features; ``blank`` as ``ImageLoader.use_features`` takes it; ``hashes``
+    are the pictures' SHA-256 where they are known.
+    """
     accelerator = trainer.accelerator
-    datasets = [d for d in (trainer.train_dataset, trainer.eval_dataset) if d is not None]
-    paths = list(dict.fromkeys(path for dataset in datasets for path in dataset.picture_paths))
+    datasets = datasets_of(trainer)
     files: dict[str, Path] = {}
     if accelerator.is_main_process:
-        files = {path: folder / f"{sha256(path)[:32]}.safetensors" for path in paths}
-    files = _rank_0s(files)
-    missing = _rank_0s([path for path, file in files.items() if not file.exists()])  # before anyone writes
+        files = feature_files(folder, hashes or {path: sha256(path) for path in distinct_pictures(datasets)})
+    files = rank_0s(files)
+    missing = rank_0s([path for path, file in files.items() if not file.exists()])  # before anyone writes
     loader = datasets[0].builder.load_image
     if missing:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--feature_cache {folder.parent}: cannot be written ({error.strerror})") from None
+            raise UserError(f"{flag} {folder}: cannot be written ({error.strerror})") from None
         model = accelerator.unwrap_model(trainer.model)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         batches = _shared_out(missing, PICTURES_AT_A_TIME, accelerator)
-        quiet = not accelerator.is_main_process
+        quiet, skips = not accelerator.is_main_process, datasets[0].skip_missing_images
         for batch in tqdm(batches, desc="features", unit="batch", disable=quiet, mininterval=5):
-            _see(model, loader, batch, files, datasets[0].skip_missing_images, accelerator.device)
+            _see(functools.partial(see, model), loader, batch, files, skips, accelerator.device, flag)
         accelerator.wait_for_everyone()
-    loader.use_features(_rank_0s({path: str(file) for path, file in files.items() if file.exists()}))
+    loader.use_features(rank_0s({path: str(file) for path, file in files.items() if file.exists()}), flag, blank)
 
 
-def _rank_0s(value: Any) -> Any:
+def rank_0s(value: Any) -> Any:
     """Rank 0's value: what decides how many forwards there are must be the same everywhere."""
     held = [value]
     broadcast_object_list(held)
@@ -163,12 +221,18 @@ def _opens(dataset: Any, path: str) -> bool:
 
 
 def _see(
-    model: Any, loader: Any, paths: list[str], files: dict[str, Path], skip_broken: bool, device: torch.device
+    see: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    loader: Any,
+    paths: list[str],
+    files: dict[str, Path],
+    skip_broken: bool,
+    device: torch.device,
+    flag: str,
 ) -> None:
     pictures = {}
     for path in paths:
         try:
-            pictures[path] = loader(path, "--feature_cache")
+            pictures[path] = loader(path, flag)
         except BrokenImage as error:
             if not skip_broken:
                 raise
@@ -176,7 +240,7 @@ def _see(
     # A rank without a picture still runs the tower: under ZeRO-3 the others wait for it.
     pixels = torch.stack(list(pictures.values()) or [loader.blank()]).to(device)
     with torch.no_grad():
-        seen = model.see(pixels, loader.levels().to(device)).cpu()
+        seen = see(pixels, loader.levels().to(device)).cpu()
     for path, features in zip(pictures, seen, strict=False):
         temporary = files[path].with_name(f".{files[path].name}.{os.getpid()}")
         try:
@@ -186,4 +250,4 @@ def _see(
             publish(temporary, files[path])
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
-            raise UserError(f"--feature_cache: {files[path]}: cannot be written ({error})", everywhere=False) from None
+            raise UserError(f"{flag}: {files[path]}: cannot be written ({error})", everywhere=False) from None

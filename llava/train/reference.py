@@ -4,6 +4,9 @@ Whatever is frozen is shared with the policy. With LoRA the reference is the pol
 or head that trains too is kept as a copy (some 40 MB) and put in its place for the reference's forward. Only where the
 backbone itself trains is a whole second model needed, and not even there when the log-probabilities are computed before
 the first step (``FirstPolicy``). (HA-DPO keeps one always, and feeds it the policy's connector.)
+
+With ``--reference_from base`` the starting value is that of the whole model on which the policy's deltas stand: their
+tensors are put in place in the same way; mostly there is no post block then.
 """
 
 from __future__ import annotations
@@ -15,34 +18,47 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava.model.checkpoint import gathered
+from llava.model.checkpoint import State, gathered
 from llava.model.fused import LMHead
+from llava.model.llava_arch import LabelScores
 from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.post_block.builder import build_post_block
 
 # A part's place in the model, and an empty module of its shape.
-KEPT: dict[str, tuple[str, Callable[[Any], nn.Module]]] = {
+KEPT: dict[str, tuple[str, Callable[[Any], nn.Module | None]]] = {
     "projector": ("model.mm_projector", build_vision_projector),
+    "post_block": ("post_block", build_post_block),
     "lm_head": ("lm_head", lambda config: LMHead(config.hidden_size, config.vocab_size)),
 }
 
 
 class SharedReference:
-    """The policy with its adapter off and kept copies of what else trains."""
+    """The policy with its adapter off and other modules in the place of those that differ.
 
-    def __init__(self, policy: nn.Module, parts: set[str]) -> None:
+    ``differs`` are the parts in which it is, or will be, another than the policy. Their values are the policy's now, or
+    those of ``base``, which may have no post block.
+    """
+
+    def __init__(self, policy: nn.Module, differs: set[str], base: State | None = None) -> None:
+        self.differs = differs
+        self.what = "the policy as it was loaded" if base is None else "the whole model that its deltas stand on"
         self.has_adapter = hasattr(policy, "disable_adapter")
         inner = policy.get_base_model() if self.has_adapter else policy
-        self.kept: list[tuple[nn.Module, str, nn.Module]] = []
+        self.kept: list[tuple[nn.Module, str, nn.Module | None]] = []
         for part, (path, build) in KEPT.items():
-            if part not in parts:
+            if part not in differs:
                 continue
             parent_path, _, name = path.rpartition(".")
             parent = inner.get_submodule(parent_path) if parent_path else inner
-            copy = build(inner.config).requires_grad_(False).eval()
-            live = dict(getattr(parent, name).named_parameters())
-            for key, value in copy.named_parameters():
-                with gathered([live[key]]):
-                    value.data = live[key].detach().clone()
+            absent = base is not None and not any(key.startswith(f"{path}.") for key in base)
+            copy = None if absent else build(inner.config)
+            if copy is not None:
+                copy.requires_grad_(False).eval()
+                live = dict(getattr(parent, name).named_parameters())
+                for key, value in copy.named_parameters():
+                    with gathered([live[key]]):
+                        now = live[key].detach()
+                        value.data = now.clone() if base is None else base[f"{path}.{key}"].to(now, copy=True)
             self.kept.append((parent, name, copy))
         self.policy = policy
 
@@ -56,7 +72,7 @@ class SharedReference:
         with torch.no_grad(), self.policy.disable_adapter() if self.has_adapter else contextlib.nullcontext():
             try:
                 for (parent, name, copy), module in zip(self.kept, live, strict=True):
-                    for now in module.parameters():  # none: an identity connector
+                    for now in module.parameters() if copy is not None else ():  # none: an identity connector
                         copy.to(now.device, now.dtype)  # DeepSpeed casts after the copy was taken
                         break
                     parent._modules[name] = copy
@@ -69,6 +85,11 @@ class SharedReference:
 class FirstPolicy:
     """The policy before its first step, as it is; it can be asked only then."""
 
+    what = "the policy before its first step"
+
+    def __init__(self, differs: set[str]) -> None:
+        self.differs = differs
+
     def place(self, accelerator: Any, train_args: Any) -> None:
         """Nothing to place."""
 
@@ -80,9 +101,12 @@ class FirstPolicy:
 
 
 class CopiedReference:
-    """A second model, loaded like the first and frozen."""
+    """A second model, loaded and frozen."""
 
-    def __init__(self, model: nn.Module) -> None:
+    what = "a second model"
+
+    def __init__(self, model: nn.Module, differs: set[str]) -> None:
+        self.differs = differs
         self.model = model.requires_grad_(False).eval()
         self.arithmetic: Callable[[], Any] = contextlib.nullcontext
 
@@ -119,23 +143,34 @@ Reference = SharedReference | FirstPolicy | CopiedReference
 
 
 def choose_reference(
-    policy: nn.Module, parts: set[str], load_again: Callable[[], nn.Module], kind: str = "auto"
+    policy: nn.Module, parts: set[str], plan: Any, kind: str = "auto", source: str = "start"
 ) -> Reference:
     """``--reference``: the cheapest one for ``parts`` that train (auto), or a whole second model (copy).
 
-    With ``cache`` it is asked before the first step only. ``load_again`` is called where a second model is needed.
+    With ``cache`` it is asked before the first step only. ``source`` is ``--reference_from``. ``plan`` loads again
+    where a second model is needed.
     """
-    trains_backbone = bool(parts & {"backbone", "vision_tower"})
-    if kind == "copy" or (kind == "auto" and trains_backbone):
-        return CopiedReference(load_again())
-    return FirstPolicy() if trains_backbone else SharedReference(policy, parts)
+    from_base = source == "base"
+    differs = parts | plan.chain.changed if from_base else set(parts)
+    # An adapter that trains is switched off; one that the chain folded in cannot be.
+    shareable = set(KEPT) | ({"lora"} - plan.chain.changed if from_base else {"lora"})
+    if kind != "copy" and differs <= shareable:
+        return SharedReference(policy, differs, plan.base_state() if from_base else None)
+    if kind == "cache" and not from_base:
+        return FirstPolicy(differs)
+    return CopiedReference(plan.load_base() if from_base else plan.load(), differs)
 
 
-def carried_over(reference: Reference, parts: set[str]) -> dict[str, str]:
-    """What the reference's forward need not compute again after the policy's: argument of ``forward`` -> its score."""
-    carried = {}
-    if not parts & {"projector", "vision_tower"}:
-        carried["image_features"] = "features"
-    if parts == {"lm_head"} and isinstance(reference, SharedReference):
-        carried["hidden_at_labels"] = "hidden"
-    return carried
+def carried_over(reference: Reference, scores: LabelScores) -> dict[str, torch.Tensor]:
+    """What the reference's forward need not compute again after the policy's, as arguments of ``forward``."""
+    known = {}
+    if "vision_tower" not in reference.differs:
+        known["vision_features"] = scores.seen
+        if "projector" not in reference.differs:
+            known["image_features"] = scores.features
+    if isinstance(reference, SharedReference):
+        if reference.differs == {"lm_head"}:
+            known["hidden_at_labels"] = scores.hidden
+        elif reference.differs <= {"post_block", "lm_head"}:
+            known["backbone_hidden"] = scores.backbone
+    return {name: tensor.detach() for name, tensor in known.items() if tensor is not None}

@@ -15,9 +15,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from llava.data.collate import Example, PreferenceExample
 from llava.errors import UserError
 from llava.files import atomic_write, sha256
-from llava.model.checkpoint import weight_files
+from llava.model.checkpoint import content_hash
 
 # What of a model's configuration decides its log-probabilities, besides its weights.
 DECIDING = (
@@ -33,31 +34,46 @@ DECIDING = (
     "mm_vision_select_layer",
     "mm_vision_select_feature",
     "mm_projector_type",
+    "post_block",
     "image_aspect_ratio",
     "tokenizer_model_max_length",
 )
 
 
-def reference_key(plan: Any, version: str) -> dict[str, str]:
-    """What a reference is, in words that a message can name; weights by content, wherever they lie."""
-    files = weight_files(plan.folder)
-    files += weight_files(plan.tower) if plan.tower else []
-    files += [Path(plan.connector)] if plan.connector else []
-    weights = hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
-    config = {name: plan.config.get(name) for name in DECIDING}
+def reference_key(plan: Any, version: str, kind: str = "start") -> dict[str, str]:
+    """What a reference is, in words that a message can name; weights by content, wherever they lie.
+
+    ``kind`` is ``--reference_from``: the model as the run loads it (start), or the root of its deltas (base).
+    """
+    from_base = kind == "base"
+    chain = plan.chain.root() if from_base else plan.chain
+    settings = plan.base_config() if from_base else plan.config
+    config = {name: settings.get(name) for name in DECIDING}
+    if plan.new_block:
+        config["post_block"] = None  # it changes nothing yet
     pictures = plan.image_processor.to_dict()
     return {
-        "model": weights,
+        "from": kind,
+        "model": content_hash(chain.files()),
         "config": _digest(config),
         "image_processor": _digest({k: v for k, v in pictures.items() if not k.startswith("_")}),
         "template": version,
         "dtype": f"{plan.compute_dtype}, weights {plan.dtype}",
-        "seed": str(plan.seed) if plan.blank and not plan.connector else "-",  # of a new connector
+        "seed": str(plan.seed) if plan.blank and not plan.connector and not from_base else "-",  # of a new connector
     }
 
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def chosen_cache(train_args: Any, plan: Any, version: str) -> ReferenceCache | None:
+    """What ``--reference cache`` keeps, by default beside ``--output_dir``."""
+    if train_args.reference != "cache":
+        return None
+    folder = Path(train_args.output_dir).absolute().parent / "reference_cache"
+    key = reference_key(plan, version, train_args.reference_from)
+    return ReferenceCache(train_args.reference_cache, folder, key)
 
 
 class ReferenceCache:
@@ -124,16 +140,19 @@ def _lines(path: Path) -> Iterator[Any]:
             yield json.loads(line)
 
 
-def pair_keys(rows: Iterable[tuple[Any, Any, str]]) -> list[str]:
-    """Names of pairs, from the ids and labels of both sides and the content of the picture.
+def record_keys(outlines: Iterable[Example | PreferenceExample], pictures: dict[str, str] | None = None) -> list[str]:
+    """Names of records, from the ids and labels of their rows (a pair has two) and the content of their pictures.
 
-    ``rows`` are ``((chosen ids, labels), (rejected ids, labels), path of the picture)``; a picture is read once.
+    ``pictures`` are SHA-256 of files that are known already; another picture is read, once.
     """
-    pictures: dict[str, str] = {}
+    pictures = {} if pictures is None else pictures
     keys = []
-    for chosen, rejected, path in rows:
-        if path not in pictures:
-            pictures[path] = sha256(path)
-        content = json.dumps([chosen, rejected, pictures[path]]).encode()
-        keys.append(hashlib.sha256(content).hexdigest()[:32])
+    for outline in outlines:
+        rows = (outline.chosen, outline.rejected) if isinstance(outline, PreferenceExample) else (outline,)
+        content: list[Any] = [(row.input_ids, row.labels) for row in rows]
+        for path in rows[0].image_paths:
+            if path not in pictures:
+                pictures[path] = sha256(path)
+            content.append(pictures[path])
+        keys.append(hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32])
     return keys

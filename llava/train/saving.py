@@ -14,6 +14,7 @@ from llava.files import write_json
 from llava.model.checkpoint import (
     ADAPTER_WEIGHTS,
     CONNECTOR,
+    DELTA,
     NON_LORA,
     State,
     assign,
@@ -26,6 +27,7 @@ from llava.model.checkpoint import (
     write_model_weights,
     write_tensors,
 )
+from llava.model.delta import DELTA_CARD, saves_delta
 from llava.train.trainable import part_of
 
 PEFT_PREFIX = "base_model.model."
@@ -51,31 +53,42 @@ def save_checkpoint(
     =====================  ==========================================================================
     LoRA                   adapter_model.safetensors, adapter_config.json, non_lora_trainables.bin
     connector only         mm_projector.bin
-    anything else          model.safetensors (in shards where large), tower included
+    backbone, tower        model.safetensors (in shards where large), everything included
+    anything else          delta.safetensors
     =====================  ==========================================================================
 
-    Every rank calls it (ZeRO-3 gathers from all); only the ``writer`` touches the disk.
+    All but a whole model come with ``delta.json``: what they stand on. A tensor that does not train is written too
+    where nothing below holds it (a new connector). Every rank calls it (ZeRO-3 gathers from all); only the ``writer``
+    touches the disk.
     """
-    lora = "lora" in parts
-    whole = not lora and parts != {"projector"}
-    state = gather_state(model, lambda name, p: whole or p.requires_grad, keep=writer)
+    inner = bare_model(model)
+    whole = not saves_delta(parts)
+    brought = inner.stands_on.brought
+    state = gather_state(
+        model, lambda name, p: whole or p.requires_grad or name.removeprefix(PEFT_PREFIX) in brought, keep=writer
+    )
     if not writer:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    inner = bare_model(model)
-    if lora:
-        written = _save_adapter(model, state, folder)
-    elif whole:
+    held = {part_of(name) for name in state}
+    if whole:
         written = write_model_weights(folder, state)
     else:
-        written = [CONNECTOR[0]]
-        write_tensors(folder / CONNECTOR[0], state)
+        if "lora" in parts:
+            written = _save_adapter(model, state, folder)
+        else:
+            written = [CONNECTOR[0] if held == {"projector"} else DELTA]
+            write_tensors(folder / written[0], state)
+        write_json(folder / DELTA_CARD, {**inner.stands_on.card, "parts": sorted(held)})
+        written.append(DELTA_CARD)
     # What an earlier run left in the folder under other names would be loaded instead.
     ours = (
         *ADAPTER_WEIGHTS,
         "adapter_config.json",
         *NON_LORA,
         *CONNECTOR,
+        DELTA,
+        DELTA_CARD,
         "model*.safetensors*",
         "pytorch_model*.bin*",
     )
@@ -125,5 +138,9 @@ def load_trained(model: nn.Module, folder: Path) -> None:
         if others is not None:
             assign(bare_model(model), strip_prefixes(read_tensors(others)), others)
         return
-    connector = first_of(folder, CONNECTOR)
-    assign(model, read_connector(connector) if connector else read_model_weights(folder), folder)
+    connector, delta = first_of(folder, CONNECTOR), folder / DELTA
+    if connector is not None:
+        state = read_connector(connector)
+    else:
+        state = read_tensors(delta) if delta.is_file() else read_model_weights(folder)
+    assign(model, state, folder)

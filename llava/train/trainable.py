@@ -109,16 +109,16 @@ def choose_parts(model_args: Any, train_args: Any) -> set[str]:
             parts -= {"projector"}
     if "lora" in parts and "backbone" in parts:
         raise UserError("--tune: lora keeps the backbone frozen; name one of the two")
-    if model_args.post_block and "post_block" not in parts:
-        raise UserError(
-            f"--post_block {model_args.post_block} puts a new block into the model, but it does not train; add "
-            "post_block to --tune"
-        )
     for part, rate in _own_rates(train_args).items():
         default = type(train_args).__dataclass_fields__[RATE_FLAGS[part]].default
         if part not in parts and rate not in (default, 0):
             note(f"--{RATE_FLAGS[part]} has nothing to do here: {part} does not train")
     parts -= {part for part, rate in _own_rates(train_args).items() if rate == 0}
+    if model_args.post_block and "post_block" not in parts:
+        raise UserError(
+            f"--post_block {model_args.post_block} puts a new block into the model, but it does not train; add "
+            "post_block to --tune"
+        )
     if not parts:
         raise UserError("nothing is left to train: what the flags choose is frozen by others, or has learning rate 0")
     return parts

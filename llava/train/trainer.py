@@ -20,15 +20,17 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from llava.errors import UserError
 from llava.files import publish
-from llava.model.llava_arch import LabelScores
+from llava.model.llava_arch import LabelScores, mean_loss
 from llava.run_card import RunCard
 from llava.train.caches import FillCaches, fill_features, fill_reference
+from llava.train.effect import report
+from llava.train.hidden_cache import HiddenCache, fill_hidden
 from llava.train.losses import dpo_loss
-from llava.train.reference import Reference, carried_over
+from llava.train.reference import Reference, SharedReference, carried_over
 from llava.train.reference_cache import ReferenceCache
 from llava.train.sampler import ImageSampler, ModalityLengthSampler
 from llava.train.saving import load_trained, save_checkpoint
-from llava.train.trainable import part_of
+from llava.train.trainable import rate_of
 
 
 class LlavaTrainer(Trainer):
@@ -48,8 +50,11 @@ class LlavaTrainer(Trainer):
         tokenizer: Any,
         image_processor: Any,
         feature_folder: Path | None = None,
+        hidden: HiddenCache | None = None,
+        start: SharedReference | None = None,
     ) -> None:
         self.parts = parts
+        self.start = start
         self._staging: Path | None = None
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -62,6 +67,8 @@ class LlavaTrainer(Trainer):
         self.add_callback(OneLinePerLog())
         if feature_folder is not None:
             self.add_callback(FillCaches(lambda: fill_features(self, feature_folder)))
+        if hidden is not None:
+            self.add_callback(FillCaches(lambda: fill_hidden(self, hidden)))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -77,24 +84,23 @@ class LlavaTrainer(Trainer):
             return self.compute_loss(model, inputs).detach(), None, None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with the connector at its own rate where ``--mm_projector_lr`` gives one."""
+        """AdamW with every part at its own rate where a flag gives one."""
         if self.optimizer is None:
             model = model or self.model
             decaying = set(self.get_decay_parameter_names(model))
-            groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
+            groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    own_rate = part_of(name) == "projector" and bool(self.args.mm_projector_lr)
-                    groups[own_rate, name in decaying].append(parameter)
+                    groups[rate_of(name, self.args), name in decaying].append(parameter)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = kind(
                 [
                     {
                         "params": parameters,
                         "weight_decay": self.args.weight_decay if decays else 0.0,
-                        **({"lr": self.args.mm_projector_lr} if own_rate else {}),
+                        "lr": rate,
                     }
-                    for (own_rate, decays), parameters in groups.items()
+                    for (rate, decays), parameters in groups.items()
                 ],
                 **options,
             )
@@ -125,6 +131,8 @@ class LlavaTrainer(Trainer):
         self.save_model()  # first: an evaluation that fails must not cost the run
         if self.eval_dataset is not None:
             metrics.update(self.evaluate())
+        if self.start is not None:
+            card.content["effect"] = report(self, self.start)
         self.save_state()
         if self.args.should_save:
             card.content["engine"] = {
@@ -186,15 +194,26 @@ def _class_name(thing: Any) -> str:
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
+# Of a batch (``llava.data.collate``): what is DPO's own, and what has a line a row.
+NOT_FOR_THE_MODEL = ("pairs", "reference_logps", "reference_rows", "aux_rows")
+A_LINE_A_ROW = ("input_ids", "attention_mask", "labels", "image_index")
+
+
 class DPOTrainer(LlavaTrainer):
     """Preference optimisation; metrics carry TRL's names and are averaged over all ranks' pairs since the last log."""
 
     def __init__(
-        self, *args: Any, reference: Reference, beta: float, cache: ReferenceCache | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        reference: Reference,
+        beta: float,
+        cache: ReferenceCache | None = None,
+        aux_weight: float = 0.0,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.aux_weight = aux_weight
         self.reference = reference
-        self.carried = carried_over(reference, self.parts)
         if cache is not None:
             self.add_callback(FillCaches(lambda: fill_reference(self, cache, reference)))
         self.beta = beta
@@ -204,19 +223,20 @@ class DPOTrainer(LlavaTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        # ---- one DPO step: rows 0..B-1 are the chosen answers, B..2B-1 the rejected ones ----
-        batch = {key: value for key, value in inputs.items() if key not in ("pairs", "reference_logps")}
+        # ---- one DPO step: rows 0..B-1 are the chosen answers, B..2B-1 the rejected ones, others aux ----
+        batch = {key: value for key, value in inputs.items() if key not in NOT_FOR_THE_MODEL}
         policy = model(**batch, score_labels=True, use_cache=False)
         scores = policy.scores
-        policy_chosen, policy_rejected = scores.row_sums(scores.logps).chunk(2)  # (B,) each
+        paired = len(scores.counts) - inputs.get("aux_rows", 0)  # 2B
+        policy_chosen, policy_rejected = scores.row_sums(scores.logps)[:paired].chunk(2)  # (B,) each
         known = inputs.get("reference_logps")
         reference_chosen, reference_rejected = (
-            self._ask_reference(model, batch, scores) if known is None else known
+            self._ask_reference(model, inputs, scores) if known is None else known
         ).chunk(2)
         loss = dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, self.beta)
-        # -------------------------------------------------------------------------------------
-        chosen_sum, rejected_sum = scores.row_sums(scores.mean_logits).chunk(2)
-        chosen_count, rejected_count = scores.counts.chunk(2)
+        # --------------------------------------------------------------------------------------------------
+        chosen_sum, rejected_sum = scores.row_sums(scores.mean_logits)[:paired].chunk(2)
+        chosen_count, rejected_count = scores.counts[:paired].chunk(2)
         margins = loss.chosen_rewards - loss.rejected_rewards
         pairs = torch.ones_like(margins)
         self._add(
@@ -233,6 +253,10 @@ class DPOTrainer(LlavaTrainer):
             },
         )
         mean = loss.losses.mean()
+        if "aux_rows" in inputs:
+            of_aux = scores.logps[scores.rows >= paired]
+            self._add("train", {"aux_loss": (-of_aux.detach(), torch.ones_like(of_aux))})
+            mean = mean + self.aux_weight * mean_loss(of_aux)
         return (mean, policy) if return_outputs else mean
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -241,14 +265,20 @@ class DPOTrainer(LlavaTrainer):
         inputs = super()._prepare_inputs(inputs)
         return inputs if known is None else {**inputs, "reference_logps": known.to(self.args.device)}
 
-    def _ask_reference(self, model: nn.Module, batch: dict[str, Any], scores: LabelScores) -> torch.Tensor:
-        """Log-probabilities of the rows, (2B,); what the frozen parts gave the policy is not computed again."""
-        carried = {}
+    def _ask_reference(self, model: nn.Module, inputs: dict[str, Any], scores: LabelScores) -> torch.Tensor:
+        """Log-probabilities of the pairs' rows, (2B,); what the frozen parts gave the policy is not computed again."""
+        batch = {key: value for key, value in inputs.items() if key not in NOT_FOR_THE_MODEL}
+        paired = len(scores.counts) - inputs.get("aux_rows", 0)
+        known = {}
         if "rows" in batch:
-            carried = {name: getattr(scores, field).detach() for name, field in self.carried.items()}
+            known = carried_over(self.reference, scores)
+            if "reference_rows" in inputs and not known.keys() & {"hidden_at_labels", "backbone_hidden"}:
+                batch["rows"] = inputs["reference_rows"]
+        else:
+            batch.update({key: batch[key][:paired] for key in A_LINE_A_ROW})
         with self.reference.forward_of(model) as reference_model:
-            reference = reference_model(**batch, **carried, score_labels=True, use_cache=False).scores
-        return reference.row_sums(reference.logps)
+            reference = reference_model(**{**batch, **known}, score_labels=True, use_cache=False).scores
+        return reference.row_sums(reference.logps)[:paired]
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = train_dataset if train_dataset is not None else self.train_dataset

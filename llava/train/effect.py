@@ -1,0 +1,144 @@
+"""What a post block has done by the end of its run: small runs are easily spent on a block that changes no answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.data.collate import Example, PreferenceExample
+from llava.data.images import ImageLoader
+from llava.data.packing import pack_prompts
+from llava.errors import warn
+from llava.model.checkpoint import gathered
+from llava.model.decoder import why_not
+from llava.model.generation import Rules, grow_answers
+from llava.train.reference import SharedReference
+from llava.train.saving import bare_model
+
+SAMPLE = 128  # records that are looked at
+AT_A_TIME = 8
+POSITIONS_AT_A_TIME = 256  # whose logits exist together
+NEW_TOKENS = 24
+LEAST = 0.01  # share of changed answers below which a run is warned of
+
+
+@dataclass
+class Effect:
+    """The trained model against itself at the start, over a sample of records."""
+
+    gate: float | None  # mean |tanh(gate)|; None: blocks without one
+    hidden: float  # |h - h0| / |h0| over the hidden states that predict a label
+    logits: float  # the same of their logits, each row's mean taken off
+    answers: int  # greedy answers
+    changed: int  # of them, those that are another text now
+
+    def __str__(self) -> str:
+        gate = "none" if self.gate is None else f"{self.gate:.3g}"
+        return (
+            f"post block: gate {gate}, hidden states changed by {self.hidden:.2%}, logits by {self.logits:.2%}, "
+            f"{self.changed} of {self.answers} answers ({self.changed / max(self.answers, 1):.1%})"
+        )
+
+
+def report(trainer: Any, start: SharedReference) -> dict[str, float | int | None]:
+    """Measure, print (first process), warn; every rank calls it, since ZeRO-3 runs them in step."""
+    effect = measure(trainer, start)
+    if trainer.is_world_process_zero():
+        print(effect, flush=True)
+    if effect.changed < LEAST * effect.answers:
+        warn(
+            f"the post block changed {effect.changed} of {effect.answers} answers: train longer, or raise "
+            "--post_block_lr"
+        )
+    return vars(effect)
+
+
+@torch.no_grad()
+def measure(trainer: Any, start: SharedReference) -> Effect:
+    """On held-out records where there are any, else on those of the training."""
+    dataset = (trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset).alone()
+    chosen = torch.linspace(0, len(dataset) - 1, min(SAMPLE, len(dataset))).long().tolist()
+    examples = [dataset[index] for index in chosen]
+    model, bare = trainer.model_wrapped, bare_model(trainer.accelerator.unwrap_model(trainer.model))
+    training = model.training
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64)
+    answers = changed = 0
+    with trainer.compute_loss_context_manager():
+        for part in _parts(examples):
+            sums += _distances(trainer, model, bare, start, part)
+            if why_not(bare.config) is None:
+                prompts = [_prompt(example) for example in part]
+                loader = dataset.builder.load_image
+                now = _answers(trainer, bare, loader, prompts)
+                with start.forward_of(model):
+                    before = _answers(trainer, bare, loader, prompts)
+                answers += len(now)
+                changed += sum(a != b for a, b in zip(now, before, strict=True))
+    model.train(training)
+    hidden, hidden_0, logits, logits_0 = sums.sqrt().tolist()
+    return Effect(_gate(bare.post_block), hidden / hidden_0, logits / logits_0, answers, changed)
+
+
+def _parts(examples: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    for at in range(0, len(examples), AT_A_TIME):
+        yield examples[at : at + AT_A_TIME]
+
+
+def _distances(trainer: Any, model: nn.Module, bare: Any, start: SharedReference, examples: Sequence[Any]) -> Any:
+    """Sums of squares: change of hidden states, hidden states, change of logits, logits."""
+    batch = trainer._prepare_inputs(trainer.data_collator(examples))
+    batch = {key: value for key, value in batch.items() if key not in ("pairs", "reference_logps", "reference_rows")}
+    sums = torch.zeros(4, dtype=torch.float64)
+    with start.forward_of(model):
+        before = model(**batch, score_labels=True, use_cache=False).scores.hidden
+        logits_0 = [bare.head(part).float() for part in before.split(POSITIONS_AT_A_TIME)]
+    now = model(**batch, score_labels=True, use_cache=False).scores.hidden
+    for part, part_0, z_0 in zip(
+        now.split(POSITIONS_AT_A_TIME), before.split(POSITIONS_AT_A_TIME), logits_0, strict=True
+    ):
+        z, z_0 = (x - x.mean(-1, keepdim=True) for x in (bare.head(part).float(), z_0))
+        terms = (part.float() - part_0.float(), part_0.float(), z - z_0, z_0)
+        sums += torch.stack([x.square().sum().double().cpu() for x in terms])
+    return sums
+
+
+def _prompt(example: Example | PreferenceExample) -> tuple[list[int], tuple[str, ...]]:
+    """Ids up to the first answer, and the paths of the pictures in them."""
+    row = example.chosen if isinstance(example, PreferenceExample) else example
+    first = next((i for i, label in enumerate(row.labels) if label != IGNORE_INDEX), len(row.labels))
+    ids = row.input_ids[:first]
+    return ids, row.image_paths[: ids.count(IMAGE_TOKEN_INDEX)]
+
+
+def _answers(
+    trainer: Any, bare: Any, loader: ImageLoader, prompts: Sequence[tuple[list[int], tuple[str, ...]]]
+) -> list[list[int]]:
+    """New ids of every prompt, greedily; prompts about one picture stand together."""
+    loader = ImageLoader(loader.image_processor, loader.image_aspect_ratio)  # pixels, whatever the training is given
+    paths = list(dict.fromkeys(path for _, own in prompts for path in own))
+    device = trainer.args.device
+    pixels = torch.stack([loader(path, "") for path in paths] or [loader.blank()]).to(device)
+    pictures = bare.look(pixels, loader.levels().to(device))
+    rows = []
+    for ids, own in sorted(prompts, key=lambda prompt: prompt[::-1]):
+        shown = iter(own)
+        rows.append([(i, paths.index(next(shown))) if i == IMAGE_TOKEN_INDEX else i for i in ids])
+    stream = pack_prompts(rows, pictures.features.shape[1], bare.config.tokenizer_model_max_length)
+    stream = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in stream.items()}
+    end = trainer.tokenizer.eos_token_id
+    rules = Rules(NEW_TOKENS, [] if end is None else [end], LogitsProcessorList(), StoppingCriteriaList())
+    return grow_answers(bare, stream, pictures, rules)[0]
+
+
+def _gate(block: nn.Module) -> float | None:
+    gates = [p for name, p in block.named_parameters() if name.endswith("gate")]
+    with gathered(gates):
+        values = [torch.tanh(gate.float()).abs().flatten().cpu() for gate in gates]
+    return float(torch.cat(values).mean()) if values else None
