@@ -185,7 +185,7 @@ def test_reference_from_base_or_from_the_start(run_script, dpo_flags, tmp_path, 
     assert start["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert "reference: the policy as it was loaded (--reference_from start)" in out
     base, out = first("base", "--tune", "post_block", "--reference_from", "base")
-    assert "reference: the whole model that its deltas stand on (--reference_from base)" in out
+    assert "reference: the whole model that the policy's deltas stand on (--reference_from base)" in out
     untuned, _ = first("untuned", "--tune", "lm_head", "--model_name_or_path", golden / "tiny-llava-original")
     assert base["logps/chosen"] == pytest.approx(start["logps/chosen"], abs=1e-3)
     # rewards = beta (policy - reference): what the first run's training has moved.

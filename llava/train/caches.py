@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 
 from llava.errors import BrokenImage, UserError, warn
 from llava.files import publish, sha256
-from llava.model.checkpoint import has_tower, weight_files
+from llava.model.checkpoint import content_hash, has_tower, weight_files
 from llava.train.reference import FirstPolicy, Reference
 from llava.train.reference_cache import ReferenceCache, record_keys
 
@@ -141,9 +141,10 @@ def feature_folder(root: str | None, plan: Any, parts: set[str]) -> Path | None:
     if "vision_tower" in parts:
         raise UserError("--feature_cache keeps what a frozen tower sees, but the vision tower trains; leave it out")
     files = weight_files(plan.folder if has_tower(plan.folder) else plan.tower)
+    files += [file for stage in plan.chain.stages[1:] if "vision_tower" in stage.parts() for file in stage.files()]
     processor = {k: v for k, v in plan.image_processor.to_dict().items() if not k.startswith("_")}
     names = ("mm_vision_config", "mm_vision_select_layer", "mm_vision_select_feature", "image_aspect_ratio")
-    key = [[sha256(file) for file in files], processor, {n: plan.config.get(n) for n in names}, str(plan.dtype)]
+    key = [content_hash(files), processor, {n: plan.config.get(n) for n in names}, str(plan.dtype)]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
     return Path(root).expanduser() / digest[:16]
 

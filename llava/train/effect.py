@@ -36,13 +36,14 @@ class Effect:
     hidden: float  # |h - h0| / |h0| over the hidden states that predict a label
     logits: float  # the same of their logits, each row's mean taken off
     answers: int  # greedy answers
-    changed: int  # of them, those that are another text now
+    changed: int  # of them, those that are another text now; 0 of 0 where the model takes no trees
 
     def __str__(self) -> str:
         gate = "none" if self.gate is None else f"{self.gate:.3g}"
+        answers = f"{self.changed} of {self.answers} answers ({self.changed / max(self.answers, 1):.1%})"
         return (
-            f"post block: gate {gate}, hidden states changed by {self.hidden:.2%}, logits by {self.logits:.2%}, "
-            f"{self.changed} of {self.answers} answers ({self.changed / max(self.answers, 1):.1%})"
+            f"post block: gate {gate}; this run changed hidden states by {self.hidden:.2%}, logits by "
+            f"{self.logits:.2%}, {answers if self.answers else 'answers were not compared'}"
         )
 
 

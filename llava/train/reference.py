@@ -24,6 +24,9 @@ from llava.model.llava_arch import LabelScores
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.post_block.builder import build_post_block
 
+AS_LOADED = "the policy as it was loaded"
+ITS_BASE = "the whole model that the policy's deltas stand on"
+
 # A part's place in the model, and an empty module of its shape.
 KEPT: dict[str, tuple[str, Callable[[Any], nn.Module | None]]] = {
     "projector": ("model.mm_projector", build_vision_projector),
@@ -41,7 +44,7 @@ class SharedReference:
 
     def __init__(self, policy: nn.Module, differs: set[str], base: State | None = None) -> None:
         self.differs = differs
-        self.what = "the policy as it was loaded" if base is None else "the whole model that its deltas stand on"
+        self.what = AS_LOADED if base is None else ITS_BASE
         self.has_adapter = hasattr(policy, "disable_adapter")
         inner = policy.get_base_model() if self.has_adapter else policy
         self.kept: list[tuple[nn.Module, str, nn.Module | None]] = []
@@ -103,10 +106,9 @@ class FirstPolicy:
 class CopiedReference:
     """A second model, loaded and frozen."""
 
-    what = "a second model"
-
-    def __init__(self, model: nn.Module, differs: set[str]) -> None:
+    def __init__(self, model: nn.Module, differs: set[str], what: str) -> None:
         self.differs = differs
+        self.what = f"a second model: {what}"
         self.model = model.requires_grad_(False).eval()
         self.arithmetic: Callable[[], Any] = contextlib.nullcontext
 
@@ -158,7 +160,9 @@ def choose_reference(
         return SharedReference(policy, differs, plan.base_state() if from_base else None)
     if kind == "cache" and not from_base:
         return FirstPolicy(differs)
-    return CopiedReference(plan.load_base() if from_base else plan.load(), differs)
+    if from_base:
+        return CopiedReference(plan.load_base(), differs, ITS_BASE)
+    return CopiedReference(plan.load(), differs, AS_LOADED)
 
 
 def carried_over(reference: Reference, scores: LabelScores) -> dict[str, torch.Tensor]:
