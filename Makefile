@@ -3,10 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow check
+.PHONY: demo demo-parts test test-slow check
 
 demo: $(STAMP)  ## train, evaluate, HA-DPO, evaluate again, on a small world: some minutes on two cores
 	$(VENV)/bin/python -m demo.run
+
+demo-parts: $(STAMP) demo/out/report.html  ## after the demo: parts of its LLaVA trained alone, and evaluated
+	$(VENV)/bin/python -m demo.parts
+
+# A demo writes it last. No prerequisite: a finished demo is not made again.
+demo/out/report.html:
+	$(MAKE) demo
 
 test: $(STAMP)  ## the tests, some minutes
 	$(VENV)/bin/python -m pytest -m "not slow"

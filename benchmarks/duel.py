@@ -2,8 +2,8 @@
 
 Every contender is a process of its own, which imports only what it needs and whose peak memory is its own. They step
 one after the other, so that only one computes at a time and both meet the same machine; a time is the median over
-rounds behind a warm-up step, and the warm-up step's results are what is compared. The same run measures what the
-machine can do at most: the speed of large float32 matrix products.
+rounds behind a warm-up step, and the warm-up step's results are what is compared, with the losses of all steps where a
+row says so. The same run measures what the machine can do at most: the speed of large float32 matrix products.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from llava.files import write_json
 
@@ -52,6 +52,16 @@ class Row:
     ours: str
     theirs: str
     flops: float  # useful operations of one step of ours (benchmarks/flops.py)
+    same_as: str = ""  # whose results ours must be; by default theirs
+    follow: bool = False  # the losses of all timed steps must be the same, too
+
+
+class Timing(NamedTuple):
+    """A timed step."""
+
+    clock: float  # seconds
+    processor: float  # seconds of all threads, idle loops included
+    loss: float | None
 
 
 class InProcess:
@@ -61,14 +71,14 @@ class InProcess:
         self.contender = make()
 
     def ask(self, what: str) -> Any:
-        """``first`` -> results, ``step`` -> seconds on the clock and of the processor, ``peak`` -> bytes."""
+        """``first`` -> results, ``step`` -> ``Timing``, ``peak`` -> bytes."""
         if what == "peak":
             return peak_memory()
         clock, processor = time.perf_counter(), time.process_time()
         results = self.contender.step()
         if what == "first":
             return plain(results)
-        return time.perf_counter() - clock, time.process_time() - processor
+        return Timing(time.perf_counter() - clock, time.process_time() - processor, results.get("loss"))
 
     def close(self) -> None:
         pass
@@ -155,8 +165,9 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float
         raise ValueError(f"results {sorted(ours)} and {sorted(theirs)} cannot be compared")
     for key, mine in ours.items():
         other = theirs[key]
-        if key == "loss":
-            apart[key] = abs(mine - other) / max(1.0, abs(other)) / LOSS_TOLERANCE
+        if key in ("loss", "later losses"):
+            off = np.abs(np.subtract(mine, other)) / np.maximum(1.0, np.abs(other))
+            apart[key] = float(off.max()) / LOSS_TOLERANCE
         elif key == "gradients":
             if mine.keys() != other.keys():
                 raise ValueError(f"gradients of different tensors: {sorted(mine.keys() ^ other.keys())[:4]}")
@@ -192,7 +203,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """Let all contenders of ``rows`` step in turns; one record a row (see ``table``)."""
     start = InProcess if in_process else Worker
-    used = [name for name in contenders if any(name in (row.ours, row.theirs) for row in rows)]
+    used = [name for name in contenders if any(name in (row.ours, row.theirs, row.same_as) for row in rows)]
     running: dict[str, Any] = {}
     try:
         for name in used:
@@ -201,13 +212,13 @@ def run(
         products = running["matrix products"] = start(MatrixProducts, threads)
         products.ask("first")
         speeds: dict[str, list[float]] = {name: [] for name in used}
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in used}
+        times: dict[str, list[Timing]] = {name: [] for name in used}
         for number in range(rounds):
             for name in used:
                 # Beside every step, since a shared machine's speed changes from one minute to the next.
-                speeds[name].append(2 * GEMM_SIZE**3 / statistics.median(products.ask("step")[0] for _ in range(5)))
+                speeds[name].append(2 * GEMM_SIZE**3 / statistics.median(products.ask("step").clock for _ in range(5)))
                 times[name].append(running[name].ask("step"))
-            shown = ", ".join(f"{name} {times[name][-1][0]:.2f} s" for name in used)
+            shown = ", ".join(f"{name} {times[name][-1].clock:.2f} s" for name in used)
             print(f"round {number + 1}/{rounds}: {shown}", file=sys.stderr, flush=True)
         peaks = {name: running[name].ask("peak") for name in used}
     finally:
@@ -223,16 +234,20 @@ def run(
 
 def _record(
     row: Row,
-    times: dict[str, list[tuple[float, float]]],
+    times: dict[str, list[Timing]],
     peaks: dict[str, int],
     results: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """Seconds are medians [ours, theirs]; processor seconds are those of all threads, idle loops included."""
+    """Seconds are medians [ours, theirs]."""
     clock, processor = (
         [statistics.median(t[i] for t in times[name]) for name in (row.ours, row.theirs)] for i in (0, 1)
     )
     peak_bytes = [peaks[row.ours], peaks[row.theirs]]
-    apart = differences(results[row.ours], results[row.theirs])
+    mine, other = (
+        results[name] | ({"later losses": [t.loss for t in times[name]]} if row.follow else {})
+        for name in (row.ours, row.same_as or row.theirs)
+    )
+    apart = differences(mine, other)
     return {
         "work": row.work,
         "against": row.against,
@@ -243,14 +258,14 @@ def _record(
         "loss": results[row.ours].get("loss"),
         "seconds": clock,
         "processor_seconds": processor,
-        "all_seconds": [[t[0] for t in times[name]] for name in (row.ours, row.theirs)],
+        "all_seconds": [[t.clock for t in times[name]] for name in (row.ours, row.theirs)],
         "peak_bytes": peak_bytes,
     }
 
 
-def _speed(row: Row, times: dict[str, list[tuple[float, float]]], speeds: dict[str, list[float]]) -> dict[str, Any]:
+def _speed(row: Row, times: dict[str, list[Timing]], speeds: dict[str, list[float]]) -> dict[str, Any]:
     """How much of the matrix products' speed, measured right before each step, our steps turn into useful work."""
-    shares = [row.flops / t[0] / speed for t, speed in zip(times[row.ours], speeds[row.ours], strict=True)]
+    shares = [row.flops / t.clock / speed for t, speed in zip(times[row.ours], speeds[row.ours], strict=True)]
     return {"useful_flops": row.flops, "share_of_matmul": statistics.median(shares)}
 
 

@@ -1,20 +1,24 @@
 """Random conversations of realistic lengths, and transformers' batches of them.
 
 Ids are drawn, so that no tokenizer has a say: both sides get the same tokens. Ours are collated by the project's own
-``PackingCollator``.
+``PackingCollator``. Pictures are drawn pixels, or files where a data set is to open them.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.models import BOS, EOS, PAD, Geometry, expand_images
+from benchmarks.models import BOS, EOS, PAD, Geometry, expand_images, image_processor
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.collate import Example, PreferenceExample
+from llava.data.examples import ExampleBuilder
+from llava.data.images import ImageLoader
+from llava.data.preferences import Pair, PreferencePairs
 
 # BOS, system prompt and "USER: " of the v1 template come before the picture.
 BEFORE_IMAGE = 37
@@ -87,6 +91,52 @@ def captions(geometry: Geometry, number: int, seed: int) -> list[Example]:
     """Pictures with captions of 20 to 40 tokens."""
     writer = Writer(geometry, seed)
     return [writer.caption() for _ in range(number)]
+
+
+def draw(path: Path, seed: str) -> None:
+    """A smooth coloured picture; the same for the same seed."""
+    from PIL import Image
+
+    noise = random.Random(seed).randbytes(16 * 12 * 3)
+    Image.frombytes("RGB", (16, 12), noise).resize((640, 480), Image.Resampling.BICUBIC).save(path, quality=90)
+
+
+def with_files(pairs: Drawing, geometry: Geometry, folder: Path) -> list[PreferenceExample]:
+    """Pairs about pictures that are files of ``folder``, drawn where they are not there; pixels by the processor."""
+    from PIL import Image
+
+    processor = image_processor(geometry)
+    examples = []
+    for pair in pairs():
+        images = {}
+        for name in pair.chosen.image_paths:
+            path = folder / name
+            if not path.exists():
+                draw(path, name)
+            images[str(path)] = processor(images=Image.open(path), return_tensors="pt")["pixel_values"][0]
+        sides = (side._replace(image_paths=tuple(images), images=images) for side in (pair.chosen, pair.rejected))
+        examples.append(PreferenceExample(*sides))
+    return examples
+
+
+class DrawnPairs(PreferencePairs):
+    """The project's data set of pairs about files, with drawn ids in the place of tokenized texts."""
+
+    def __init__(self, examples: list[PreferenceExample], geometry: Geometry) -> None:
+        self.drawn = {f"pair {number}": example for number, example in enumerate(examples)}
+        builder = ExampleBuilder(
+            tokenizer=None,
+            template=None,
+            load_image=ImageLoader(image_processor(geometry), None),
+            tokens_per_image=geometry.tokens_per_image,
+            max_length=None,
+            vocab_size=geometry.vocab_size,
+        )
+        super().__init__([Pair(n, e.chosen.image_paths[0], "", "", "") for n, e in self.drawn.items()], builder)
+
+    def _row(self, pair: Pair, side: str) -> tuple[list[int], list[int]]:
+        row = getattr(self.drawn[pair.where], side)
+        return row.input_ids, row.labels
 
 
 def hf_batch(examples: list[Example] | list[PreferenceExample], geometry: Geometry) -> dict[str, torch.Tensor]:

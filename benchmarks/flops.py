@@ -23,14 +23,16 @@ class Amount(NamedTuple):
     attended: int  # (query, key) pairs that the mask lets through
     queries: int  # positions that predict a label
     queries_attended: int  # pairs with such a position as the query
+    queries_looking: int = 0  # pairs of such a position and an image token that it sees; for a post block
 
     @classmethod
     def of(cls, batch: dict[str, Any]) -> Amount:
         """Of a packed batch (``llava.data.collate.PackingCollator``)."""
         rows: PackedRows = batch["rows"]
         seen = rows["position_ids"] + 1  # ancestors and itself
-        at = rows["queries"]
-        return cls(len(batch["images"]), len(seen), int(seen.sum()), len(at), int(seen[at].sum()))
+        at, shown = rows["queries"], rows["image_at"][:, None]
+        looking = (shown <= at) & (at < rows["subtree_end"][shown])  # (M, Q)
+        return cls(len(batch["images"]), len(seen), int(seen.sum()), len(at), int(seen[at].sum()), int(looking.sum()))
 
 
 def pictures(geometry: Geometry, images: int) -> float:
@@ -54,7 +56,12 @@ def decoder(geometry: Geometry, amount: Amount, lora_r: int = 0) -> float:
     of_queries = 2 * (d * d + lora_r * 2 * d) + 3 * (d * g.intermediate_size + lora_r * (d + g.intermediate_size))
     linear = g.layers * t * of_inputs + ((g.layers - 1) * t + q) * of_queries
     attention = 2 * d * ((g.layers - 1) * amount.attended + amount.queries_attended)
-    return 2.0 * (linear + attention + q * d * g.vocab_size)
+    return 2.0 * (linear + attention) + head(g, amount)
+
+
+def head(geometry: Geometry, amount: Amount) -> float:
+    """Forward of lm_head."""
+    return 2.0 * amount.queries * geometry.hidden_size * geometry.vocab_size
 
 
 def lora_backward(geometry: Geometry, amount: Amount, lora_r: int) -> float:
@@ -74,6 +81,25 @@ def dpo(geometry: Geometry, amount: Amount, lora_r: int, cached: bool) -> float:
     reference = 0.0 if cached else decoder(geometry, amount)
     policy = decoder(geometry, amount, lora_r) + lora_backward(geometry, amount, lora_r)
     return pictures(geometry, amount.images) + policy + reference
+
+
+def frozen_dpo(geometry: Geometry, amount: Amount, part: str, kept: bool) -> float:
+    """One step of DPO of lm_head or of a post block (interaction, its defaults) alone; the backbone's forward once."""
+    g, d, q = geometry, geometry.hidden_size, amount.queries
+    wanted = amount
+    if part == "post_block":  # it looks at whole rows, so the last layer is wanted at every token
+        wanted = amount._replace(queries=amount.tokens, queries_attended=amount.attended)
+    backbone = 0.0 if kept else pictures(g, amount.images) + decoder(g, wanted) - head(g, wanted)
+    if part == "lm_head":
+        return backbone + 3 * head(g, amount)  # policy, reference, the weight's gradient
+    # What frozen tensors go into (keys and values of tokens and pictures, queries of tokens) hands no gradient on.
+    entering = 2 * amount.tokens * d * d + q * d * d
+    entering += 2 * amount.images * g.tokens_per_image * g.tower_hidden_size * d
+    inside = q * 5 * d * d  # the tokens' way back, the pictures' queries and theirs, the MLP's two
+    attention = 2 * d * (amount.queries_attended + amount.queries_looking)
+    forward = 2.0 * (entering + inside + attention)
+    backward = 2.0 * (entering + 2 * inside + 2 * attention)
+    return backbone + 2 * (forward + head(g, amount)) + backward + head(g, amount)
 
 
 def pretrain(geometry: Geometry, amount: Amount) -> float:

@@ -94,9 +94,18 @@ def decoder_config(geometry: Geometry) -> dict[str, Any]:
     }
 
 
-def our_model(geometry: Geometry = REAL, seed: int = 0) -> Any:
-    """``LlavaLlamaForCausalLM``, float32, in evaluation mode."""
+def image_processor(geometry: Geometry) -> Any:
+    """CLIP's, at the model's size."""
+    from transformers import CLIPImageProcessorPil
+
+    side = geometry.image_size
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
+def our_model(geometry: Geometry = REAL, seed: int = 0, post_block: str | None = None) -> Any:
+    """``LlavaLlamaForCausalLM``, float32, in evaluation mode; ``post_block`` names one, which has its defaults."""
     from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+    from llava.model.post_block import block_settings
 
     config = LlavaConfig(
         **decoder_config(geometry),
@@ -105,6 +114,7 @@ def our_model(geometry: Geometry = REAL, seed: int = 0) -> Any:
         mm_projector_type="mlp2x_gelu",
         mm_vision_select_layer=geometry.select_layer,
         mm_vision_select_feature="patch",
+        post_block=post_block and block_settings(post_block, None),
     )
     model = LlavaLlamaForCausalLM(config).eval()
     fill(model, seed)

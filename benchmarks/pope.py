@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import random
 import sys
 import tempfile
 import warnings
@@ -24,7 +23,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import duel, flops
-from benchmarks.models import BOS, EOS, PAD, REAL, TINY, Geometry, common_name, hf_model, our_model
+from benchmarks.examples import draw
+from benchmarks.models import BOS, EOS, PAD, REAL, TINY, Geometry, common_name, hf_model, image_processor, our_model
 from llava.conversation import conv_templates
 from llava.eval.pope import SETS, Protocol
 from llava.files import read_jsonl
@@ -62,14 +62,6 @@ class World:
         ]
 
 
-def draw(path: Path, seed: str) -> None:
-    """A smooth coloured picture; the same for the same seed."""
-    from PIL import Image
-
-    noise = random.Random(seed).randbytes(16 * 12 * 3)
-    Image.frombytes("RGB", (16, 12), noise).resize((640, 480), Image.Resampling.BICUBIC).save(path, quality=90)
-
-
 def tokenizer_of(geometry: Geometry, texts: list[str]) -> Any:
     """A word a token, as Vicuna's vocabulary has most of these; the other ids are words that nobody says."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -96,14 +88,6 @@ def prompt_of(text: str) -> str:
     conversation.append_message(conversation.roles[0], f"<image>\n{text}{PROTOCOL.suffix}")
     conversation.append_message(conversation.roles[1], None)
     return conversation.get_prompt()
-
-
-def image_processor(geometry: Geometry) -> Any:
-    """CLIP's, at the model's size."""
-    from transformers import CLIPImageProcessorPil
-
-    side = geometry.image_size
-    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
 def sharpen(model: Any) -> Any:

@@ -6,16 +6,20 @@ batch in every step, as the data loader does, while the others find theirs ready
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.examples import Drawing, hf_batch
+from benchmarks.examples import Drawing, DrawnPairs, hf_batch
 from benchmarks.models import (
     PAD,
     Geometry,
@@ -96,6 +100,57 @@ def reference_logps(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     return scores.row_sums(scores.logps)
 
 
+def our_frozen_dpo(
+    geometry: Geometry, examples: Drawing, pairs: int, part: str, seed: int = 0, hidden: Path | None = None
+) -> TrainerStep:
+    """DPO of ``part`` (lm_head, or a post block with its defaults) alone, ``pairs`` a step from the trainer's loader.
+
+    Examples are those of ``with_files``. ``hidden`` is the folder of ``--cache_hidden``, which is filled here by the
+    trainer, as before its first step; every step then reads its records there, in this process.
+    """
+    from llava.train.arguments import DPOTrainingArguments
+    from llava.train.hidden_cache import HiddenCache
+    from llava.train.reference import SharedReference
+    from llava.train.trainer import DPOTrainer
+
+    model = train_only(our_model(geometry, seed, "interaction" if part == "post_block" else None), part)
+    dataset = DrawnPairs(examples(), geometry)
+    load = dataset.builder.load_image
+    key = {"model": f"{geometry}, seed {seed}"}
+    trainer = _our_trainer(
+        DPOTrainer,
+        DPOTrainingArguments,
+        model,
+        part,
+        {
+            "per_device_train_batch_size": pairs,
+            "train_sampling_strategy": "sequential",
+            "post_block_lr": LEARNING_RATE,
+        },
+        train_dataset=dataset,
+        collator=PackingCollator(
+            PAD,
+            None,
+            load.blank,
+            load.levels(),
+            tokens_per_image=geometry.tokens_per_image,
+            apart=hidden is not None,
+        ),
+        hidden=hidden and HiddenCache(str(hidden), key, geometry.hidden_size, torch.float32),
+        reference=SharedReference(model, {part}),
+        beta=BETA,
+    )
+    with contextlib.redirect_stdout(sys.stderr):  # the table is what goes to stdout
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+    return TrainerStep(trainer, _epochs(trainer.get_train_dataloader()).__next__)
+
+
+def _epochs(loader: Iterable[Any]) -> Iterator[Any]:
+    """Batches without end; every epoch reads its records again."""
+    while True:
+        yield from loader
+
+
 def our_pretrain(geometry: Geometry, examples: Drawing, seed: int = 0) -> TrainerStep:
     """``llava.train.trainer.LlavaTrainer``, connector only."""
     from llava.train.arguments import PretrainTrainingArguments
@@ -106,7 +161,16 @@ def our_pretrain(geometry: Geometry, examples: Drawing, seed: int = 0) -> Traine
     return TrainerStep(trainer, partial(our_inputs, examples, geometry))
 
 
-def _our_trainer(kind: Any, arguments: Any, model: nn.Module, part: str, **kwargs: Any) -> Any:
+def _our_trainer(
+    kind: Any,
+    arguments: Any,
+    model: nn.Module,
+    part: str,
+    flags: dict[str, Any] | None = None,
+    train_dataset: Any = (0,),
+    collator: Any = None,
+    **kwargs: Any,
+) -> Any:
     args = arguments(
         output_dir=tempfile.mkdtemp(),
         learning_rate=LEARNING_RATE,
@@ -114,14 +178,15 @@ def _our_trainer(kind: Any, arguments: Any, model: nn.Module, part: str, **kwarg
         gradient_checkpointing=False,
         use_cpu=True,
         report_to="none",
+        **(flags or {}),
     )
     return kind(
         model=model,
         args=args,
         parts={part},
-        train_dataset=[0],
+        train_dataset=train_dataset,
         eval_dataset=None,
-        collator=None,
+        collator=collator,
         tokenizer=None,
         image_processor=None,
         **kwargs,
@@ -132,30 +197,49 @@ class PlainDPO:
     """HA-DPO's step on today's transformers: two models, a row for either answer, logits everywhere.
 
     Policy and reference are whole models, each encodes every picture for the chosen and for the rejected row, float32
-    log-softmax over the vocabulary at every position, gradient checkpointing (HA-DPO's default).
+    log-softmax over the vocabulary at every position, gradient checkpointing (HA-DPO's default). What trains is
+    LoRA or, with ``head_alone``, lm_head. Every step takes the next ``pairs`` of the examples; None: all of them.
     """
 
-    def __init__(self, geometry: Geometry, examples: Drawing, seed: int = 0) -> None:
-        self.policy = with_lora(hf_model(geometry, seed), LORA_R, LORA_ALPHA, seed)
+    def __init__(
+        self,
+        geometry: Geometry,
+        examples: Drawing,
+        seed: int = 0,
+        pairs: int | None = None,
+        head_alone: bool = False,
+    ) -> None:
+        model = hf_model(geometry, seed)
+        if head_alone:
+            self.policy = train_only(model, "lm_head")
+            # LLaVA and HA-DPO switch it on whatever trains. Only on the decoder, as theirs is: today's transformers
+            # would have the tower back-propagate too.
+            model.model.language_model.enable_input_require_grads()
+        else:
+            self.policy = with_lora(model, LORA_R, LORA_ALPHA, seed)
         self.policy.gradient_checkpointing_enable({"use_reentrant": False})
         self.reference = hf_model(geometry, seed).requires_grad_(False)
-        self.batch = hf_batch(examples(), geometry)
+        drawn = examples()
+        size = pairs or len(drawn)
+        batches = [hf_batch(drawn[start : start + size], geometry) for start in range(0, len(drawn), size)]
+        self.batches = itertools.cycle(batches)
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
 
-    def logps(self, model: nn.Module) -> torch.Tensor:
+    def logps(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """(2 B,)."""
-        inputs = {key: value for key, value in self.batch.items() if key != "labels"}
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
         logits = model(**inputs, use_cache=False).logits[:, :-1].float()  # (2 B, L - 1, V)
-        labels = self.batch["labels"][:, 1:]
+        labels = batch["labels"][:, 1:]
         labelled = labels != -100
         per_token = logits.log_softmax(-1).gather(2, labels.masked_fill(~labelled, 0)[..., None])[..., 0]
         return (per_token * labelled).sum(-1)
 
     def step(self) -> dict[str, Any]:
-        chosen, rejected = self.logps(self.policy).chunk(2)
+        batch = next(self.batches)
+        chosen, rejected = self.logps(self.policy, batch).chunk(2)
         with torch.no_grad():
-            reference_chosen, reference_rejected = self.logps(self.reference).chunk(2)
+            reference_chosen, reference_rejected = self.logps(self.reference, batch).chunk(2)
         margins = (chosen - rejected) - (reference_chosen - reference_rejected)
         loss = -F.logsigmoid(BETA * margins).mean()
         loss.backward()

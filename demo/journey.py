@@ -177,6 +177,11 @@ class Journey:
         write_json(self.out / PROGRESS, self.progress)
 
 
+def is_finished(out: Path) -> bool:
+    """Whether ``out`` holds a journey that came to its end."""
+    return (out / PROGRESS).is_file() and read_object(out / PROGRESS).get("finished") is True
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 

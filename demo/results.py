@@ -22,22 +22,29 @@ from llava.eval.pope import (
 from llava.files import atomic_write, read_json
 
 MODEL = "demo-llava"
-BEFORE_AND_AFTER = (("\u2717", "pope"), ("\u2713", "pope-ha-dpo"))  # the HA-DPO column, and where the answers are
+WITHOUT, WITH = "\u2717", "\u2713"  # the HA-DPO column
+BEFORE_AND_AFTER = ((WITHOUT, "pope"), (WITH, "pope-ha-dpo"))  # that, and where the answers are
 
 
 def write(out: Path, seed: int, times: dict[str, float]) -> str:
     """``table.md`` and ``report.html`` of a run; returns the table."""
-    rows = [(MODEL, name, mark, _counts(out, folder, name)) for mark, folder in BEFORE_AND_AFTER for name in SETS]
-    table = "\n".join([table_header(), *(table_row(*row) for row in rows)])
-    with atomic_write(out / "table.md") as file:
-        file.write(table + "\n")
+    rows = [(MODEL, name, mark, counts(out, folder, name)) for mark, folder in BEFORE_AND_AFTER for name in SETS]
+    table = write_table(out, [table_header(), *(table_row(*row) for row in rows)])
     page = out / "report.html"
     write_report(page, rows=rows, curves=_curves(out), shown=_shown(out, seed), times=times, facts=_facts(out, seed))
     return table
 
 
-def _counts(out: Path, folder: str, name: str) -> Confusion:
-    """Counts of one set, as evaluate_pope.py makes them."""
+def write_table(out: Path, lines: list[str]) -> str:
+    """``table.md``; returns what is in it."""
+    table = "\n".join(lines)
+    with atomic_write(out / "table.md") as file:
+        file.write(table + "\n")
+    return table
+
+
+def counts(out: Path, folder: str | Path, name: str) -> Confusion:
+    """Counts of one set; ``folder``, in ``out`` or anywhere, holds the answers; as evaluate_pope.py makes them."""
     labels, file = out / f"world/pope/coco_pope_{name}.json", out / folder / f"pope_{name}.jsonl"
     return score(read_labels(labels), read_answers(file)[UNNAMED], labels, file)
 

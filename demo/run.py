@@ -22,6 +22,38 @@ from llava.train.launch import free_port
 HERE = Path(__file__).resolve().parent
 WEIGHTS = HERE / "weights"
 COMMON = "--use_cpu True --bf16 False --model_max_length 512 --save_strategy steps --save_total_limit 1"
+# How DPO trains here, and the parts that train alone (demo/parts.py).
+RECIPE = (
+    "--per_device_train_batch_size 8 --gradient_accumulation_steps 1 --num_train_epochs 1 --learning_rate 2e-4 "
+    f"--warmup_ratio 0.03 --lr_scheduler_type cosine --gradient_checkpointing False --logging_steps 1 {COMMON}"
+)
+ASK = "python pope_eval.py --max_new_tokens 24"
+
+
+def instruction_data(out: str) -> str:
+    """Flags of the instruction data of the demo in ``out``."""
+    return (
+        f"--version v1 --image_aspect_ratio pad --data_path {out}/world/llava/instruct.json "
+        f"--image_folder {out}/world/vg"
+    )
+
+
+def pope_data(out: str) -> str:
+    """Flags of the test pictures and of all POPE questions about them."""
+    return f"--coco_path {out}/world/coco --pope_path {out}/world/pope --set all"
+
+
+def preference_data(out: str) -> str:
+    """Flags of the preference pairs."""
+    return (
+        f"--version v1 --vg_path {out}/world/vg --desc_data_path {out}/ha-dpo/desc_data.json "
+        f"--pope_data_path {out}/ha-dpo/pope_data.json"
+    )
+
+
+def from_root(folder: Path) -> str:
+    """A folder in the commands, which run in the repository's root."""
+    return shlex.quote(os.path.relpath(folder, HERE.parent))
 
 
 def check_weights() -> None:
@@ -47,7 +79,7 @@ def main() -> None:
         raise UserError(f"--seed {args.seed}: expected 0 or more, less than 2**32")
     check_weights()
     folder, seed = args.output_dir.expanduser().resolve(), args.seed
-    out = shlex.quote(os.path.relpath(folder, HERE.parent))  # in the commands, which run in the repository's root
+    out = from_root(folder)
 
     with Journey(folder, HERE.parent, settings=str(seed)) as journey:
         # ---- a world, and a LLaVA that has seen it ----
@@ -63,20 +95,17 @@ def main() -> None:
         journey.run(
             "instruction tuning",
             f"python train_pretrain.py --model_name_or_path demo/weights/llm --vision_tower demo/weights/tower "
-            f"--mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --version v1 --train_type freeze_vision "
-            f"--pretrain_mm_mlp_adapter {out}/connector/mm_projector.bin --image_aspect_ratio pad "
-            f"--data_path {out}/world/llava/instruct.json --image_folder {out}/world/vg --output_dir {out}/llava "
-            f"--per_device_train_batch_size 16 --num_train_epochs 1 --learning_rate 1e-3 --warmup_ratio 0.03 "
-            f"--lr_scheduler_type cosine --save_steps 20 --logging_steps 2 --seed {seed} {COMMON}",
+            f"--mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --train_type freeze_vision "
+            f"--pretrain_mm_mlp_adapter {out}/connector/mm_projector.bin {instruction_data(out)} "
+            f"--output_dir {out}/llava --per_device_train_batch_size 16 --num_train_epochs 1 --learning_rate 1e-3 "
+            f"--warmup_ratio 0.03 --lr_scheduler_type cosine --save_steps 20 --logging_steps 2 --seed {seed} {COMMON}",
         )
-        ask = "python pope_eval.py --max_new_tokens 24"
-        test = f"--coco_path {out}/world/coco --pope_path {out}/world/pope --set all"
-        journey.run("POPE", f"{ask} --model-path {out}/llava {test} --output_dir {out}/pope")
+        journey.run("POPE", f"{ASK} --model-path {out}/llava {pope_data(out)} --output_dir {out}/pope")
 
         # ---- HA-DPO: its own wrong answers, on training pictures, against the right ones ----
         journey.run(
             "asking about training pictures",
-            f"{ask} --conv-mode v1 --model-path {out}/llava --coco_path {out}/world/vg --pope_path {out}/world/probe "
+            f"{ASK} --conv-mode v1 --model-path {out}/llava --coco_path {out}/world/vg --pope_path {out}/world/probe "
             f"--set adversarial --output_dir {out}/probe",
         )
         journey.run(
@@ -89,16 +118,14 @@ def main() -> None:
             "DPO",
             f"deepspeed --num_gpus 2 --master_port {free_port()} train_dpo.py "
             f"--deepspeed zero_configs/zero2.json --lora_enable True --lora_r 32 --lora_alpha 64 --mm_projector_lr 0 "
-            f"--model_name_or_path {out}/llava --version v1 --vg_path {out}/world/vg "
-            f"--desc_data_path {out}/ha-dpo/desc_data.json --pope_data_path {out}/ha-dpo/pope_data.json "
-            f"--output_dir {out}/llava-ha-dpo --per_device_train_batch_size 8 --gradient_accumulation_steps 1 "
-            f"--num_train_epochs 1 --learning_rate 2e-4 --warmup_ratio 0.03 --lr_scheduler_type cosine "
-            f"--beta 0.1 --gradient_checkpointing False --save_steps 10 --logging_steps 1 --seed {seed} {COMMON}",
+            f"--model_name_or_path {out}/llava {preference_data(out)} --output_dir {out}/llava-ha-dpo --beta 0.1 "
+            f"--save_steps 10 --seed {seed} {RECIPE}",
             threads=1,
         )
         journey.run(
             "POPE after DPO",
-            f"{ask} --model-path {out}/llava-ha-dpo --model-base {out}/llava {test} --output_dir {out}/pope-ha-dpo",
+            f"{ASK} --model-path {out}/llava-ha-dpo --model-base {out}/llava {pope_data(out)} "
+            f"--output_dir {out}/pope-ha-dpo",
         )
 
         # ---- the table and the page ----

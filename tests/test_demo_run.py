@@ -161,6 +161,29 @@ def test_killed_and_started_again(code, tmp_path):
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("there", ["nothing", "an unfinished one"])
+def test_parts_of_no_finished_demo_are_one_line(tmp_path, there):
+    if there != "nothing":
+        (tmp_path / "progress.json").write_text('{"key": "", "finished": false, "seconds": {}}')
+    before = list(tmp_path.iterdir())
+    command = [sys.executable, "-m", "demo.parts", "--demo", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line == f"error: --demo {tmp_path}: holds no finished demo; run 'make demo' first (or python -m demo.run)"
+    assert list(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_make_runs_the_demo_once_for_its_parts(tmp_path, finished):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for file in ("requirements.txt", *(["demo/out/report.html"] if finished else []), ".venv/.installed"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    would = subprocess.run(["make", "-n", "demo-parts"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert re.findall(r"-m (demo\.\w+)", would.stdout) == (["demo.parts"] if finished else ["demo.run", "demo.parts"])
+
+
 def test_weights_are_small_and_what_their_sums_say():
     lines = (WEIGHTS / "SHA256SUMS").read_text().splitlines()
     named = {line.split()[1]: line.split()[0] for line in lines}

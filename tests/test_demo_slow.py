@@ -1,7 +1,10 @@
-"""The demo from beginning to end, twice: once in one go, once killed in the middle of two trainings."""
+"""The demo from beginning to end, twice: once in one go, once killed in the middle of two trainings; then its parts."""
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from demo.parts import NEW_BLOCK
+from demo.run import preference_data
 from llava.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,9 +23,14 @@ COLUMNS = ["Model", "Set", "HA-DPO", "Accuracy", "Precision", "Recall", "F1 Scor
 pytestmark = pytest.mark.slow
 
 
+def start(*words: object) -> subprocess.Popen[str]:
+    command = [sys.executable, *map(str, words)]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
 def demo(out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "demo.run", "--output_dir", str(out)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return start("-m", "demo.run", "--output_dir", out)
 
 
 def finished(process: subprocess.Popen[str]) -> str:
@@ -33,9 +43,16 @@ def table_of(said: str) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("|") and "---" not in line]
 
 
-def test_it_hallucinates_less_and_says_the_same_after_a_kill(tmp_path):
-    whole = finished(demo(tmp_path / "whole"))
-    header, *rows = table_of(whole)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, str]:
+    """A finished demo: its folder, and what it printed."""
+    out = tmp_path_factory.mktemp("demo") / "whole"
+    return out, finished(demo(out))
+
+
+def test_it_hallucinates_less_and_says_the_same_after_a_kill(whole, tmp_path):
+    folder, said = whole
+    header, *rows = table_of(said)
     assert header == COLUMNS
     assert [row[1:3] for row in rows] == [
         [name, mark] for mark in "✗✓" for name in ("random", "popular", "adversarial")
@@ -43,7 +60,7 @@ def test_it_hallucinates_less_and_says_the_same_after_a_kill(tmp_path):
     accuracy = {(row[1], row[2]): float(row[3]) for row in rows}
     assert accuracy["random", "✗"] >= 80
     assert accuracy["adversarial", "✓"] >= accuracy["adversarial", "✗"] + 3
-    page = (tmp_path / "whole/report.html").read_text(encoding="utf-8")
+    page = (folder / "report.html").read_text(encoding="utf-8")
     assert all(cell in page for row in rows for cell in row) and page.count("data:image/jpeg") == 12
 
     out = tmp_path / "killed twice"
@@ -62,3 +79,39 @@ def test_it_hallucinates_less_and_says_the_same_after_a_kill(tmp_path):
     assert table_of(said) == [header, *rows]
     running = subprocess.run(["pgrep", "-af", "train_(dpo|pretrain).py"], capture_output=True, text=True, check=False)
     assert out.name not in running.stdout
+
+
+def test_a_part_alone_hallucinates_less(whole):
+    folder, _ = whole
+    said = finished(start("-m", "demo.parts", "--demo", folder))
+    assert (folder / "parts/table.md").read_text(encoding="utf-8").strip() in said
+    header, *rows = table_of(said)
+    assert header == [*COLUMNS, "Trained parameters", "Saved bytes"]
+    accuracy = {row[0]: float(row[3]) for row in rows if row[1] == "adversarial"}
+    assert list(accuracy) == [
+        "demo-llava",
+        "lm_head",
+        "projector",
+        "post_block",
+        "post_block, tuned",
+        "post_block, tuned, then DPO",
+    ]
+    assert min(accuracy["lm_head"], accuracy["post_block"]) >= accuracy["demo-llava"] + 1
+
+    config = read_json(folder / "llava/config.json")
+    head = config["hidden_size"] * config["vocab_size"]
+    size = (folder / "parts/head/delta.safetensors").stat().st_size
+    assert [row[-2:] for row in rows if row[0] == "lm_head"] == [[f"{head:,}", f"{size:,}"]] * 3
+    assert 4 * head <= size < 4 * head + 1000
+    log = (folder / "parts/logs/09 training block-tuned-dpo.log").read_text(encoding="utf-8")
+    assert re.search(r"hidden states: \d+ records from", log)  # the new block's run kept them: they lie below any block
+
+
+def test_forty_steps_with_default_rates_show(whole, tmp_path):
+    folder, _ = whole
+    flags = f"{preference_data(shlex.quote(str(folder)))} {NEW_BLOCK} --max_steps 40 --use_cpu True --bf16 False"
+    finished(
+        start("train_dpo.py", "--model_name_or_path", folder / "llava", "--output_dir", tmp_path, *shlex.split(flags))
+    )
+    effect = read_json(tmp_path / "run.json")["effect"]
+    assert effect["changed"] > 0.01 * effect["answers"] > 0

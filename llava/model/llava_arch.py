@@ -80,7 +80,9 @@ class LabelScores(NamedTuple):
 
     def row_sums(self, values: torch.Tensor) -> torch.Tensor:
         """(n,) -> (S,)."""
-        return values.new_zeros(len(self.counts)).index_add(0, self.rows, values)
+        # In float64: in float32 a long answer's sum, some -1000, is off by 3e-4, which a margin of rewards shows.
+        sums = values.new_zeros(len(self.counts), dtype=torch.float64).index_add(0, self.rows, values.double())
+        return sums.to(values.dtype)
 
 
 class LlavaMetaModel:
