@@ -131,7 +131,7 @@ def test_command_parses(
 def test_hadpo_command_does_what_it_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean_environment: None
 ) -> None:
-    (words,) = [words for words in commands(ENGLISH) if "--desc_data_path" in words]
+    (words,) = [words for words in commands(ENGLISH) if {"--desc_data_path", "--lora_enable"} <= set(words)]
     script, argv = split_launcher(words)
     monkeypatch.chdir(tmp_path)
     model_args, data_args, train_args = parse_training(script, argv, tmp_path)

@@ -140,8 +140,9 @@ def test_policy_and_reference_share_one_backbone_forward(run_script, dpo_flags, 
     assert len(calls) == len(losses_of(tmp_path / "out"))
 
 
-def test_a_run_says_what_its_block_has_done(run_script, dpo_flags, tmp_path):
-    flags = [*dpo_flags, "--tune", "post_block", *BLOCK, "--post_block_config", "gate=scalar"]
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_run_says_what_its_block_has_done(run_script, dpo_flags, tmp_path, bf16):
+    flags = [*dpo_flags, "--tune", "post_block", *BLOCK, "--post_block_config", "gate=scalar", "--bf16", bf16]
     out, folder = [], tmp_path / "out"
     out = succeed(run_script("train_dpo", *flags, "--post_block_lr", 1e-3, "--output_dir", folder))
     effect = json.loads((folder / "run.json").read_text())["effect"]

@@ -22,6 +22,7 @@ from llava.command_line import OneLineErrors, refuse_unknown
 from llava.conversation import template
 from llava.errors import UserError, note, warn
 from llava.files import existing
+from llava.model.post_block.builder import POST_BLOCKS
 from llava.train.deepspeed_config import deepspeed_config
 
 REFERENCES = ("auto", "cache", "copy")
@@ -62,7 +63,7 @@ class ModelArguments:
     tune_post_decoder: bool = field(default=False, metadata={"help": "train the post block (as --tune post_block)"})
     tune_post_interaction_block: bool = field(default=False, metadata={"help": "the same as --tune_post_decoder"})
     post_block: str | None = field(
-        default=None, metadata={"help": "put a new block between backbone and lm_head: interaction | mlp"}
+        default=None, metadata={"help": f"put a new block between backbone and lm_head: {' | '.join(POST_BLOCKS)}"}
     )
     post_block_config: str | None = field(
         default=None, metadata={"help": "its options: k=v,k=v or a YAML or JSON file"}

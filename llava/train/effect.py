@@ -71,7 +71,8 @@ def measure(trainer: Any, start: SharedReference) -> Effect:
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)
     answers = changed = 0
-    with trainer.compute_loss_context_manager():
+    # Not the trainer's own context, which leaves parts called past the wrapper in their weights' dtypes.
+    with trainer.accelerator.autocast():
         for part in _parts(examples):
             sums += _distances(trainer, model, bare, start, part)
             if why_not(bare.config) is None:
