@@ -25,7 +25,7 @@ def main() -> None:
     from llava.train.build import check_resumed, collator, example_builder, plan_model
     from llava.train.caches import feature_folder
     from llava.train.hidden_cache import hidden_cache
-    from llava.train.reference import KEPT, SharedReference, choose_reference
+    from llava.train.reference import SharedReference, choose_reference
     from llava.train.reference_cache import chosen_cache
     from llava.train.trainable import add_lora, choose_parts, switch_on, table
     from llava.train.trainer import DPOTrainer, checkpoint_to_resume
@@ -59,7 +59,7 @@ def main() -> None:
     if "lora" in parts:
         policy = add_lora(policy, train_args)
     reference = choose_reference(policy, parts, plan, train_args.reference, train_args.reference_from)
-    start = SharedReference(policy, parts & set(KEPT)) if "post_block" in parts else None
+    start = SharedReference(policy, {"post_block"}) if "post_block" in parts else None
     switch_on(policy, parts)
     if first:
         card.write(resumed=checkpoint is not None)

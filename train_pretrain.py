@@ -26,7 +26,7 @@ def main() -> None:
     from llava.train.build import check_resumed, collator, example_builder, plan_model
     from llava.train.caches import feature_folder
     from llava.train.hidden_cache import hidden_cache
-    from llava.train.reference import KEPT, SharedReference
+    from llava.train.reference import SharedReference
     from llava.train.trainable import add_lora, choose_parts, switch_on, table
     from llava.train.trainer import LlavaTrainer, checkpoint_to_resume
 
@@ -54,7 +54,7 @@ def main() -> None:
     model = plan.load()
     if "lora" in parts:
         model = add_lora(model, train_args)
-    start = SharedReference(model, parts & set(KEPT)) if "post_block" in parts else None
+    start = SharedReference(model, {"post_block"}) if "post_block" in parts else None
     switch_on(model, parts)
     if first:
         card.write(resumed=checkpoint is not None)

@@ -249,6 +249,8 @@ def test_a_base_that_moved_is_found_by_flag(run, run_script, dpo_flags, golden, 
     loads(f"{base},{projector},{folder}", logits)
     again, logits = run("again", *HEAD, "--max_steps", 1, model=f"{base},{projector}")
     loads(again, logits)
+    loads(again, logits, base)
+    loads(again, logits, base.rename(tmp_path / "a third place"))
 
 
 def test_a_tower_outside_is_known_by_content_too(run, golden, tmp_path, pope):

@@ -129,6 +129,21 @@ def test_held_out_pairs_and_resuming(run, tmp_path, golden):
     assert losses_of(again) == pytest.approx(whole, abs=1e-6)
 
 
+def test_one_data_set_may_be_complete_where_another_is_not(run, tmp_path, golden):
+    """Held-out pairs that come later, also some that are trained on; a run killed between the two."""
+    row = {"image": str(golden / "images" / "a_wide_97x41.png"), "prompt": "Is there a dog?"}
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({**row, "chosen": "No.", "rejected": "Yes, a dog."}) + "\n")
+    flags = (*HEAD, "--cache_hidden", tmp_path / "hidden")
+    run("filled", *flags)
+    _, said = run("measured", *flags, "--eval_data_path", held_out)
+    assert "hidden states: 1 records need about" in said
+    pope = golden / "hadpo_data" / "pope_data.json"
+    other = (*HEAD, "--cache_hidden", tmp_path / "other", "--eval_data_path", pope)
+    _, said = run("both", *other)
+    assert "hidden states: 8 records need about" in said
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_captions_and_text_alone(pretrain, tmp_path, ran, workers):
     flags = ("--tune", "lm_head", "--dataloader_num_workers", workers)
@@ -159,7 +174,7 @@ def test_what_a_killed_run_left_is_gone_on_with(run, tmp_path, ran):
     ran.clear()
     second, said = run("second", *flags)
     assert len(ran) == 1 and "hidden states: 3 records need about" in said
-    assert losses_of(second) == losses_of(first)
+    assert losses_of(second) == pytest.approx(losses_of(first), abs=1e-5)
     assert len(kept(tmp_path)) == 2  # files of its own
     ran.clear()
     run("third", *flags)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_decoder import packed, run, tiny_qwen
 from test_generation import alone, greedy, pictures, together
+from transformers import GenerationConfig
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.collate import Collator, Example
@@ -48,9 +49,9 @@ def with_block(name, options, fresh=False):
             if "norm" not in key:
                 parameter.normal_(std=1.0 if key.endswith("bias") else 0.15)
     model.config.post_block = block_settings(name, options or None)
-    settings = model.config.to_dict()
     model.post_block = build_post_block(model.config)
-    model.post_block.load_state_dict({k.removeprefix("post_block."): v for k, v in fresh_block(settings, 3).items()})
+    weights = {key.removeprefix("post_block."): value for key, value in fresh_block(model.config, 3).items()}
+    model.post_block.load_state_dict(weights)
     if not fresh:
         open_ways(model)
     return model
@@ -232,6 +233,24 @@ def test_text_alone_still_gives_every_weight_a_gradient():
         model.zero_grad()
         model(**form, score_labels=True).loss.backward()
         assert all(p.grad is not None for p in model.post_block.parameters())
+
+
+@torch.no_grad()
+def test_a_picture_that_the_cut_took_is_not_seen_later():
+    model = with_block("interaction", "")
+    row, cut = [1, 5, IMAGE_TOKEN_INDEX, 9, 4, IMAGE_TOKEN_INDEX, 8], 3 + model.get_vision_tower().num_features
+    model.config.tokenizer_model_max_length = cut
+    images = pictures(model)
+    settings = GenerationConfig(**greedy(6))
+    both = model.generate(torch.tensor([row]), images=images[:2], generation_config=settings)
+    assert torch.equal(both, model.generate(torch.tensor([row[:4]]), images=images[:1], generation_config=settings))
+
+
+def test_other_caches_than_the_dynamic_are_refused():
+    model = with_block("interaction", "")
+    settings = GenerationConfig(**greedy(2, cache_implementation="static"))
+    with pytest.raises(ValueError, match="dynamic cache"):
+        model.generate(torch.tensor([[1, 5, 7]]), generation_config=settings)
 
 
 BAD = [

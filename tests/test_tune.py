@@ -203,6 +203,46 @@ def test_reference_from_base_or_from_the_start(run_script, dpo_flags, tmp_path, 
     assert kept["rewards/chosen"] == pytest.approx(base["rewards/chosen"], abs=1e-4)
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_in_bf16_a_second_stage_begins_at_the_reference(run_script, dpo_flags, tmp_path, kept):
+    """The block is no longer fresh: policy and reference must round alike, from the kept states too."""
+    flags = [*dpo_flags, "--bf16", True, "--post_block_lr", 3e-3]
+    flags += ["--tune", "post_block", "--cache_hidden", tmp_path / "hidden"][: 4 if kept else 2]
+    succeed(run_script("train_dpo", *flags, *BLOCK, "--output_dir", tmp_path / "first"))
+    again = ["--model_name_or_path", tmp_path / "first", "--max_steps", 1, "--output_dir", tmp_path / "second"]
+    succeed(run_script("train_dpo", *flags, *again))
+    log = logs_of(tmp_path / "second")[0]
+    assert log["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert log["rewards/margins"] == 0
+
+
+def test_in_bf16_a_second_stage_begins_where_the_first_has_ended(run_script, dpo_flags, tmp_path):
+    """Steps too small for bf16 to tell from the base: what was saved in float32 is gone on with in float32."""
+    flags = [*dpo_flags, "--bf16", True, "--tune", "lm_head"]
+    succeed(run_script("train_dpo", *flags, "--learning_rate", 1e-5, "--output_dir", tmp_path / "first"))
+    again = ["--model_name_or_path", tmp_path / "first", "--learning_rate", 1e-30, "--output_dir", tmp_path / "second"]
+    succeed(run_script("train_dpo", *flags, *again))
+    first, second = (load_file(tmp_path / name / "delta.safetensors")["lm_head.weight"] for name in ("first", "second"))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, first.bfloat16().float())
+
+
+def test_the_block_is_told_from_what_trains_beside_it(run_script, dpo_flags, tmp_path):
+    """An idle block beside a busy LoRA is idle; the LoRA is not taken for its work."""
+    flags = ["--tune", "lora, post_block", *BLOCK, "--post_block_lr", 1e-12, "--lora_r", 4, "--learning_rate", 1e-2]
+    code, out, err = run_script("train_dpo", *dpo_flags, *flags, "--output_dir", tmp_path / "out")
+    assert code == 0, err
+    assert "changed hidden states by 0.00%, logits by 0.00%, 0 of 12 answers (0.0%)" in out
+    assert "the post block changed 0 of 12 answers" in err
+    assert "--lora_r" not in err
+
+
+def test_a_rate_that_nothing_has_is_said(run_script, dpo_flags, tmp_path):
+    flags = ["--tune", "post_block", *BLOCK, "--learning_rate", 3e-6, "--max_steps", 1]
+    _, _, err = run_script("train_dpo", *dpo_flags, *flags, "--output_dir", tmp_path / "out")
+    assert "--learning_rate has nothing to do here" in err and "--post_block_lr 0.0001" in err
+
+
 ZERO3 = """
 --model_name_or_path {golden}/tiny-llava-original --vg_path {golden}/mini_vg
 --desc_data_path {golden}/hadpo_data/desc_data.json --pope_data_path {golden}/hadpo_data/pope_data.json

@@ -332,7 +332,7 @@ def _quantization(load_4bit: bool, dtype: torch.dtype) -> Any:
         raise UserError("--load-8bit and --load-4bit need bitsandbytes; pip install bitsandbytes") from None
     from transformers import BitsAndBytesConfig
 
-    skipped = ["mm_projector", "vision_tower", "lm_head"]
+    skipped = ["mm_projector", "vision_tower", "post_block", "lm_head"]
     if load_4bit:
         return BitsAndBytesConfig(
             load_in_4bit=True,

@@ -360,10 +360,13 @@ class _Reader:
             return self.given
         if self.given is not None and self.given.hashes[-1] == stage.base["sha256"]:
             self.used = True
-            return self.given
+            return self.given  # all of what is listed
         chain: Chain | None = None
         for entry in stage.card["base"]:
             path = entry["path"]
+            if chain is None and self.given is not None and self.given.hashes[-1] == entry["sha256"]:
+                chain, self.used = self.given, True
+                continue
             try:
                 folder = local_folder(path, self.flag, cache_dir=self.cache_dir)
             except UserError:

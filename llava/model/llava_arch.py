@@ -212,7 +212,8 @@ class LlavaMetaForCausalLM:
         real = (steps >= shift) & (steps < shift + lengths[:, None])  # (B, L')
         begins = torch.full((len(starts), max([1, *map(len, index)])), NEVER, device=input_ids.device)
         for b, row_starts in enumerate(starts):
-            begins[b, : len(row_starts)] = shift[b] + torch.tensor(row_starts, device=begins.device)
+            row_starts = [NEVER if start >= (max_length or NEVER) else start for start in row_starts]  # cut away
+            begins[b, : len(row_starts)] = torch.tensor(row_starts, device=begins.device) + shift[b]
         return Spliced(
             inputs_embeds,
             None if attention_mask is None else real,
@@ -399,7 +400,7 @@ class LlavaMetaForCausalLM:
         cache: Any,
     ) -> RowSight:
         """What the post block sees of padded rows (B, L', D)."""
-        if mask is not None and mask.ndim != 2:
+        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
             raise ValueError("a post block takes a mask (B, L) and transformers' dynamic cache")
         if positions is None:  # as the decoder counts
             positions = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
@@ -419,6 +420,9 @@ class LlavaMetaForCausalLM:
             whole = block is not None and block.needs_rows
             if backbone is None:
                 backbone = run_layers(self.model, self.embed_stream(rows, pictures.features), rows, whole=whole)
+            elif not backbone.requires_grad:
+                # As it came out of the last norm: a wrapper gives the outputs of half precision back as float32.
+                backbone = backbone.to(self.model.norm.weight.dtype)
             if block is not None:
                 hidden = block(backbone, self.tree_sight(rows, pictures, backbone))
             else:  # whole rows: what another model's block got

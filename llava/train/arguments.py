@@ -437,7 +437,7 @@ def _settle_idle(parsed: list[Any], given: set[str]) -> None:
     """Flags whose work another flag takes away: a note where nothing else is meant, an error where two contradict."""
     values = {name: value for group in parsed for name, value in vars(group).items()}
     idle = {}
-    trains_lora = "lora" in (values["tune"] or "").split(",") or values.get("train_type") == "use_lora"
+    trains_lora = "lora" in (values["tune"] or "").replace(" ", "").split(",") or values.get("train_type") == "use_lora"
     if not (values["lora_enable"] or trains_lora):
         idle |= dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout"), "--lora_enable is False")
     if not values.get("aux_data"):

@@ -30,6 +30,7 @@ from llava.model.delta import Chain, Standing, lay_over, read_chain, saves_delta
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.post_block.builder import block_settings, fresh_block
 from llava.tokenization import load_tokenizer
+from llava.train.trainable import part_of
 
 
 @dataclass
@@ -42,6 +43,7 @@ class ModelPlan:
     blank: bool  # a language model that gets a tower and a new connector
     new_block: bool  # --post_block put one in
     untied: bool  # lm_head trains and was the embeddings
+    parts: frozenset[str]  # that train
     writes_delta: bool  # this process writes delta.json
     dtype: torch.dtype  # of the weights
     compute_dtype: torch.dtype
@@ -64,7 +66,12 @@ class ModelPlan:
         """The model with its weights; a second call gives the same model again."""
         state = self.chain.state(self.dtype)
         new = self._new_tensors(state)
-        model = self._assemble(self.config, lay_over(state, new), self.chain.source)
+        state = lay_over(state, new)
+        model = self._assemble(self.config, state, self.chain.source)
+        for name, parameter in model.named_parameters():
+            # In full precision as it was saved: rounded first, what an earlier stage has moved it by would be lost.
+            if part_of(name) in self.parts and name in state and not hasattr(parameter, "ds_id"):
+                parameter.data = state[name].float().clone()
         model.stands_on = Standing(frozenset(new), self.chain.card() if self.writes_delta else None)
         return model
 
@@ -76,7 +83,7 @@ class ModelPlan:
         elif self.blank:
             new |= fresh_connector(self.config, self.seed)
         if self.new_block:
-            new |= fresh_block(self.config, self.seed)
+            new |= fresh_block(model_settings(self.config), self.seed)
         if self.untied:
             new[HEAD] = state[EMBEDDINGS].clone()
         return new
@@ -157,6 +164,7 @@ def plan_model(model_args: Any, data_args: Any, train_args: Any, parts: set[str]
         blank=blank,
         new_block=new_block,
         untied=untied,
+        parts=frozenset(parts),
         writes_delta=saves_delta(parts) and train_args.should_save,
         dtype=train_args.compute_dtype if coarse else torch.float32,
         compute_dtype=train_args.compute_dtype,

@@ -126,7 +126,7 @@ def each_batch(
 def _shared_out(indices: Sequence[int], size: int, accelerator: Any) -> list[list[int]]:
     """This rank's batches; all ranks get the same number (the last is repeated), since ZeRO-3 runs them in step."""
     batches = [list(indices[start : start + size]) for start in range(0, len(indices), size)]
-    batches += [batches[-1]] * (-len(batches) % accelerator.num_processes)
+    batches += batches[-1:] * (-len(batches) % accelerator.num_processes)
     return batches[accelerator.process_index :: accelerator.num_processes]
 
 

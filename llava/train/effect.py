@@ -30,7 +30,7 @@ LEAST = 0.01  # share of changed answers below which a run is warned of
 
 @dataclass
 class Effect:
-    """The trained model against itself at the start, over a sample of records."""
+    """The model as it is against the same with its block as it was at the start, over a sample of records."""
 
     gate: float | None  # mean |tanh(gate)|; None: blocks without one
     hidden: float  # |h - h0| / |h0| over the hidden states that predict a label
@@ -42,7 +42,7 @@ class Effect:
         gate = "none" if self.gate is None else f"{self.gate:.3g}"
         answers = f"{self.changed} of {self.answers} answers ({self.changed / max(self.answers, 1):.1%})"
         return (
-            f"post block: gate {gate}; this run changed hidden states by {self.hidden:.2%}, logits by "
+            f"post block: gate {gate}; its training changed hidden states by {self.hidden:.2%}, logits by "
             f"{self.logits:.2%}, {answers if self.answers else 'answers were not compared'}"
         )
 
@@ -129,14 +129,22 @@ def _answers(
     pixels = torch.stack([loader(path, "") for path in paths] or [loader.blank()]).to(device)
     pictures = bare.look(pixels, loader.levels().to(device))
     rows = []
-    for ids, own in sorted(prompts, key=lambda prompt: prompt[::-1]):
+    for ids, own in prompts:
         shown = iter(own)
         rows.append([(i, paths.index(next(shown))) if i == IMAGE_TOKEN_INDEX else i for i in ids])
-    stream = pack_prompts(rows, pictures.features.shape[1], bare.config.tokenizer_model_max_length)
+    stream = pack_prompts(
+        sorted(rows, key=_beginning), pictures.features.shape[1], bare.config.tokenizer_model_max_length
+    )
     stream = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in stream.items()}
     end = trainer.tokenizer.eos_token_id
     rules = Rules(NEW_TOKENS, [] if end is None else [end], LogitsProcessorList(), StoppingCriteriaList())
     return grow_answers(bare, stream, pictures, rules)[0]
+
+
+def _beginning(row: list[Any]) -> list[tuple[Any, ...]]:
+    """What tells trees apart, as something that can be sorted: the row up to its first picture."""
+    first = next((at for at, symbol in enumerate(row) if isinstance(symbol, tuple)), len(row))
+    return [symbol if isinstance(symbol, tuple) else (0, symbol) for symbol in row[: first + 1]]
 
 
 def _gate(block: nn.Module) -> float | None:

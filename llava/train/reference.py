@@ -36,7 +36,7 @@ KEPT: dict[str, tuple[str, Callable[[Any], nn.Module | None]]] = {
 
 
 class SharedReference:
-    """The policy with its adapter off and other modules in the place of those that differ.
+    """The policy with its adapter off (where that differs) and other modules in the place of those that differ.
 
     ``differs`` are the parts in which it is, or will be, another than the policy. Their values are the policy's now, or
     those of ``base``, which may have no post block.
@@ -45,15 +45,15 @@ class SharedReference:
     def __init__(self, policy: nn.Module, differs: set[str], base: State | None = None) -> None:
         self.differs = differs
         self.what = AS_LOADED if base is None else ITS_BASE
-        self.has_adapter = hasattr(policy, "disable_adapter")
-        inner = policy.get_base_model() if self.has_adapter else policy
+        inner = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+        self.has_adapter = "lora" in differs
         self.kept: list[tuple[nn.Module, str, nn.Module | None]] = []
         for part, (path, build) in KEPT.items():
             if part not in differs:
                 continue
             parent_path, _, name = path.rpartition(".")
             parent = inner.get_submodule(parent_path) if parent_path else inner
-            absent = base is not None and not any(key.startswith(f"{path}.") for key in base)
+            absent = part == "post_block" and base is not None and not any(key.startswith(f"{path}.") for key in base)
             copy = None if absent else build(inner.config)
             if copy is not None:
                 copy.requires_grad_(False).eval()

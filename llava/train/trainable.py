@@ -114,6 +114,10 @@ def choose_parts(model_args: Any, train_args: Any) -> set[str]:
         if part not in parts and rate not in (default, 0):
             note(f"--{RATE_FLAGS[part]} has nothing to do here: {part} does not train")
     parts -= {part for part, rate in _own_rates(train_args).items() if rate == 0}
+    default = type(train_args).__dataclass_fields__["learning_rate"].default
+    if train_args.learning_rate != default and all(_own_rates(train_args).get(part) for part in parts):
+        own = ", ".join(f"--{RATE_FLAGS[part]} {_own_rates(train_args)[part]:g}" for part in sorted(parts))
+        note(f"--learning_rate has nothing to do here: what trains has a rate of its own ({own})")
     if model_args.post_block and "post_block" not in parts:
         raise UserError(
             f"--post_block {model_args.post_block} puts a new block into the model, but it does not train; add "

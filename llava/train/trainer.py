@@ -131,9 +131,9 @@ class LlavaTrainer(Trainer):
         self.save_model()  # first: an evaluation that fails must not cost the run
         if self.eval_dataset is not None:
             metrics.update(self.evaluate())
+        self.save_state()
         if self.start is not None:
             card.content["effect"] = report(self, self.start)
-        self.save_state()
         if self.args.should_save:
             card.content["engine"] = {
                 "model": _class_name(self.model_wrapped),

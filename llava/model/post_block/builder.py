@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -62,11 +61,11 @@ def block_settings(name: str, options: str | None) -> dict[str, Any]:
     return {"name": name, **dataclasses.asdict(_options(kind, given, f"--post_block_config of '{name}'"))}
 
 
-def fresh_block(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
+def fresh_block(config: Any, seed: int) -> dict[str, torch.Tensor]:
     """A new block's weights: the same on every rank and in every run of a seed, whatever was drawn before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        block = build_post_block(types.SimpleNamespace(**config))
+        block = build_post_block(config)
     return {f"post_block.{key}": value for key, value in block.state_dict().items()}
 
 
