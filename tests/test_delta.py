@@ -407,6 +407,7 @@ def test_a_plan_gives_the_model_its_deltas_stand_on(run, golden, dpo_flags, tmp_
     assert from_base["model"] == content_hash(plan.chain.root().files())
 
 
+@pytest.mark.slow
 def test_stages_stack_under_zero_3(run, golden, tmp_path):
     """A LoRA below is folded into a model that is in one piece, though every other one is partitioned."""
     from test_launch import BIN, ROOT, SMALL, launch

@@ -361,6 +361,7 @@ def test_a_reference_whose_hidden_states_are_others_is_refused(run, run_script, 
     same_training(filled, plain)
 
 
+@pytest.mark.slow
 def test_two_processes_fill_and_read_under_zero3(run_script, golden, tmp_path):
     flags = SMALL.replace("--lora_enable True --lora_r 8 --lora_alpha 16", " ".join(map(str, BLOCKS["tower"])))
     two = flags.format(golden=golden, out=tmp_path / "two", batch=2).split()

@@ -42,7 +42,9 @@ class FillCaches(TrainerCallback):
         # The data's order and dropout draw from these generators; a filled cache must not change what they give.
         devices = [args.device] if args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            for fill in self.fillers:
+            # Each once: one that stayed would hold the trainer in a circle, and its data workers beyond their time.
+            fillers, self.fillers = self.fillers, ()
+            for fill in fillers:
                 fill()
 
 
