@@ -259,20 +259,13 @@ class LlavaMetaForCausalLM:
 
         Nothing changes where there is no tower, no picture, or only the next token of a generation.
         """
-        nothing_to_see = images is None and vision_features is None
-        if self.get_vision_tower() is None or nothing_to_see or input_ids.shape[1] == 1:
-            return input_ids, position_ids, attention_mask, past_key_values, None, labels
-        row, _ = self._spliced(
-            input_ids,
-            attention_mask,
-            position_ids,
-            labels,
-            images,
-            image_index,
-            padding_side,
-            pixel_levels,
-            vision_features,
+        found = self._spliced(
+            *(input_ids, attention_mask, position_ids, labels, images, image_index),
+            *(pixel_levels, vision_features, padding_side),
         )
+        if found is None:
+            return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        row = found[0]
         return None, row.position_ids, row.attention_mask, past_key_values, row.inputs_embeds, row.labels
 
     def _spliced(
@@ -283,11 +276,17 @@ class LlavaMetaForCausalLM:
         labels: torch.Tensor | None,
         images: Images | None,
         image_index: torch.Tensor | None,
-        padding_side: str | None,
-        pixel_levels: torch.Tensor | None,
-        vision_features: torch.Tensor | None,
-    ) -> tuple[Spliced, torch.Tensor | None]:
-        """Rows with their pictures, and what the post block looks at, each row's in order, (B, K, T, D') or None."""
+        pixel_levels: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        padding_side: str | None = None,
+    ) -> tuple[Spliced, torch.Tensor | None] | None:
+        """Rows with their pictures, and what the post block looks at, each row's in order, (B, K, T, D') or None.
+
+        None where there is no tower, no picture, or only the next token of a generation.
+        """
+        nothing_to_see = images is None and vision_features is None
+        if self.get_vision_tower() is None or nothing_to_see or input_ids.shape[1] == 1:
+            return None
         pictures = self.look(images, pixel_levels, vision_features)
         if image_index is None:
             image_index = rows_in_order(input_ids, attention_mask, len(pictures.features))
@@ -345,19 +344,11 @@ class LlavaMetaForCausalLM:
         if past:
             block_pictures = None  # generate() passes the prompt's again with every token; the cache holds them
         if inputs_embeds is None:
-            nothing_to_see = images is None and vision_features is None
-            if self.get_vision_tower() is not None and not nothing_to_see and input_ids.shape[1] > 1:
-                row, block_pictures = self._spliced(
-                    input_ids,
-                    attention_mask,
-                    position_ids,
-                    labels,
-                    images,
-                    image_index,
-                    None,
-                    pixel_levels,
-                    vision_features,
-                )
+            found = self._spliced(
+                *(input_ids, attention_mask, position_ids, labels, images, image_index, pixel_levels, vision_features)
+            )
+            if found is not None:
+                row, block_pictures = found
                 input_ids = None
                 inputs_embeds, attention_mask, position_ids, labels, block_begins = row
                 block_begins = block_begins + past
@@ -476,14 +467,14 @@ class LlavaMetaForCausalLM:
         inputs = kwargs.pop("input_ids", inputs)
         if "inputs_embeds" in kwargs:
             raise ValueError("generate() takes input ids and images; `inputs_embeds` is not supported")
-        if images is None:
+        mask = torch.ones_like(inputs, dtype=torch.bool) if attention_mask is None else attention_mask
+        # The next token is written at the right end of every row.
+        found = self._spliced(inputs, mask, None, None, images, image_index, padding_side="left")
+        if found is None:
             # As embeddings too, so that the prompt is not repeated whatever form of output is asked for.
             embeds = self.get_input_embeddings()(inputs)
             return super().generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(inputs, dtype=torch.bool)
-        # The next token is written at the right end of every row.
-        row, pictures = self._spliced(inputs, attention_mask, None, None, images, image_index, "left", None, None)
+        row, pictures = found
         if pictures is not None:
             kwargs |= {"block_pictures": pictures, "block_begins": row.begins}
         return super().generate(inputs_embeds=row.inputs_embeds, attention_mask=row.attention_mask, **kwargs)
