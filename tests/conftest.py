@@ -55,6 +55,17 @@ def run_script(monkeypatch, capsys, tmp_path):
     return run
 
 
+@pytest.fixture
+def ran(monkeypatch):
+    """How often the backbone ran over trees."""
+    from llava.model import llava_arch
+
+    count = []
+    original = llava_arch.run_layers
+    monkeypatch.setattr(llava_arch, "run_layers", lambda *a, **k: count.append(1) or original(*a, **k))
+    return count
+
+
 def pixel_values(loader, picture):
     """A loader's bytes (3, H, W) and what they mean, put together as the model does."""
     import torch

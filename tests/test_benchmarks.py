@@ -13,7 +13,6 @@ import torch
 from benchmarks import duel, examples, flops, steps
 from benchmarks.models import TINY, common_name, hf_model, logit_difference, our_model, with_lora
 from llava.constants import IGNORE_INDEX
-from llava.model import llava_arch
 
 DESCRIPTIONS = partial(examples.descriptions, TINY, 2, 0)
 QUESTIONS = partial(examples.questions, TINY, 4, 0, 2)
@@ -68,15 +67,6 @@ def test_pretraining_step_is_the_plain_one():
 def on_disk(tmp_path):
     """Three batches of two pairs about files."""
     return partial(examples.with_files, partial(examples.descriptions, TINY, 6, 0), TINY, tmp_path)
-
-
-@pytest.fixture
-def ran(monkeypatch):
-    """How often our backbone ran."""
-    count = []
-    original = llava_arch.run_layers
-    monkeypatch.setattr(llava_arch, "run_layers", lambda *a, **k: count.append(1) or original(*a, **k))
-    return count
 
 
 def follow(contender, number: int = 5) -> dict:

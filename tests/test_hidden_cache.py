@@ -12,7 +12,6 @@ from conftest import ROOT, logs_of, losses_of, succeed
 from test_launch import BIN, SMALL, launch
 
 from llava.data.packing import pack
-from llava.model import llava_arch
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.train import hidden_cache
 
@@ -47,15 +46,6 @@ def pretrain(run_script, pretrain_flags, tmp_path, golden):
         return tmp_path / name, succeed(run_script("train_pretrain", *flags, *more, "--output_dir", tmp_path / name))
 
     return start
-
-
-@pytest.fixture
-def ran(monkeypatch):
-    """How often the backbone ran."""
-    count = []
-    original = llava_arch.run_layers
-    monkeypatch.setattr(llava_arch, "run_layers", lambda *a, **k: count.append(1) or original(*a, **k))
-    return count
 
 
 def same_training(got, want, names=NAMES):

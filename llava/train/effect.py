@@ -18,7 +18,8 @@ from llava.errors import warn
 from llava.model.checkpoint import gathered
 from llava.model.decoder import why_not
 from llava.model.generation import Rules, grow_answers
-from llava.train.reference import SharedReference
+from llava.model.llava_arch import Pictures
+from llava.train.reference import SharedReference, carried_over
 from llava.train.saving import bare_model
 
 SAMPLE = 128  # records that are looked at
@@ -71,16 +72,17 @@ def measure(trainer: Any, start: SharedReference) -> Effect:
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)
     answers = changed = 0
+    end = trainer.tokenizer.eos_token_id
+    rules = Rules(NEW_TOKENS, [] if end is None else [end], LogitsProcessorList(), StoppingCriteriaList())
     # Not the trainer's own context, which leaves parts called past the wrapper in their weights' dtypes.
     with trainer.accelerator.autocast():
         for part in _parts(examples):
             sums += _distances(trainer, model, bare, start, part)
             if why_not(bare.config) is None:
-                prompts = [_prompt(example) for example in part]
-                loader = dataset.builder.load_image
-                now = _answers(trainer, bare, loader, prompts)
+                questions = _questions(trainer, bare, dataset.builder.load_image, [_prompt(each) for each in part])
+                now = grow_answers(bare, *questions, rules)[0]
                 with start.forward_of(model):
-                    before = _answers(trainer, bare, loader, prompts)
+                    before = grow_answers(bare, *questions, rules)[0]
                 answers += len(now)
                 changed += sum(a != b for a, b in zip(now, before, strict=True))
     model.train(training)
@@ -96,17 +98,16 @@ def _parts(examples: Sequence[Any]) -> Iterator[Sequence[Any]]:
 def _distances(trainer: Any, model: nn.Module, bare: Any, start: SharedReference, examples: Sequence[Any]) -> Any:
     """Sums of squares: change of hidden states, hidden states, change of logits, logits."""
     batch = trainer._prepare_inputs(trainer.data_collator(examples))
-    batch = {key: value for key, value in batch.items() if key not in ("pairs", "reference_logps", "reference_rows")}
-    sums = torch.zeros(4, dtype=torch.float64)
+    batch = {key: value for key, value in batch.items() if key not in ("pairs", "reference_logps")}
+    scores = model(**batch, score_labels=True, use_cache=False).scores
+    known = carried_over(start, scores) if "rows" in batch else {}
     with start.forward_of(model):
-        before = model(**batch, score_labels=True, use_cache=False).scores.hidden
-        logits_0 = [bare.head(part).float() for part in before.split(POSITIONS_AT_A_TIME)]
-    now = model(**batch, score_labels=True, use_cache=False).scores.hidden
-    for part, part_0, z_0 in zip(
-        now.split(POSITIONS_AT_A_TIME), before.split(POSITIONS_AT_A_TIME), logits_0, strict=True
-    ):
-        z, z_0 = (x - x.mean(-1, keepdim=True) for x in (bare.head(part).float(), z_0))
-        terms = (part.float() - part_0.float(), part_0.float(), z - z_0, z_0)
+        before = model(**{**batch, **known}, score_labels=True, use_cache=False).scores.hidden
+    sums = torch.zeros(4, dtype=torch.float64)
+    for now, then in zip(scores.hidden.split(POSITIONS_AT_A_TIME), before.split(POSITIONS_AT_A_TIME), strict=True):
+        logits = [bare.head(hidden).float() for hidden in (now, then)]
+        z, z_0 = (x - x.mean(-1, keepdim=True) for x in logits)
+        terms = (now.float() - then.float(), then.float(), z - z_0, z_0)
         sums += torch.stack([x.square().sum().double().cpu() for x in terms])
     return sums
 
@@ -119,10 +120,10 @@ def _prompt(example: Example | PreferenceExample) -> tuple[list[int], tuple[str,
     return ids, row.image_paths[: ids.count(IMAGE_TOKEN_INDEX)]
 
 
-def _answers(
+def _questions(
     trainer: Any, bare: Any, loader: ImageLoader, prompts: Sequence[tuple[list[int], tuple[str, ...]]]
-) -> list[list[int]]:
-    """New ids of every prompt, greedily; prompts about one picture stand together."""
+) -> tuple[dict[str, Any], Pictures]:
+    """The prompts as a stream that waits for answers, those about one picture together, and their pictures."""
     loader = ImageLoader(loader.image_processor, loader.image_aspect_ratio)  # pixels, whatever the training is given
     paths = list(dict.fromkeys(path for _, own in prompts for path in own))
     device = trainer.args.device
@@ -136,9 +137,7 @@ def _answers(
         sorted(rows, key=_beginning), pictures.features.shape[1], bare.config.tokenizer_model_max_length
     )
     stream = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in stream.items()}
-    end = trainer.tokenizer.eos_token_id
-    rules = Rules(NEW_TOKENS, [] if end is None else [end], LogitsProcessorList(), StoppingCriteriaList())
-    return grow_answers(bare, stream, pictures, rules)[0]
+    return stream, pictures
 
 
 def _beginning(row: list[Any]) -> list[tuple[Any, ...]]:
