@@ -105,7 +105,7 @@ def image_processor(geometry: Geometry) -> Any:
 def our_model(geometry: Geometry = REAL, seed: int = 0, post_block: str | None = None) -> Any:
     """``LlavaLlamaForCausalLM``, float32, in evaluation mode; ``post_block`` names one, which has its defaults."""
     from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-    from llava.model.post_block import block_settings
+    from llava.model.post_block.builder import block_settings
 
     config = LlavaConfig(
         **decoder_config(geometry),
