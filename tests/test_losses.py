@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava.data.collate import Collator, Example, PreferenceExample
-from llava.train.losses import dpo_loss
+from llava.train.losses import Pairs, preference_loss
 from llava.train.reference import SharedReference
 from llava.train.trainable import add_lora, switch_on
 
@@ -66,19 +66,27 @@ def logps(model, batch):
     return scores.row_sums(scores.logps).chunk(2)
 
 
+def sigmoid_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
+    """DPO's, of answers whose lengths do not matter."""
+    counts = torch.ones(len(policy_chosen), dtype=torch.long)
+    return preference_loss(
+        Pairs(policy_chosen, policy_rejected, reference_chosen, reference_rejected, counts, counts, beta)
+    )
+
+
 @pytest.mark.parametrize("beta", ["0.01", "0.1", "0.5", "1.0"])
 def test_loss_and_rewards_are_ha_dpos(dpo, beta):
     run, want = dpo["batch_unique8"], dpo["beta_sweep_unique8"][beta]
     names = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
-    got = dpo_loss(*(torch.tensor(run[f"{name}_logps"]) for name in names), beta=float(beta))
-    torch.testing.assert_close(got.losses, torch.tensor(want["losses"]), atol=1e-6, rtol=1e-6)
+    got = sigmoid_loss(*(torch.tensor(run[f"{name}_logps"]) for name in names), beta=float(beta))
+    torch.testing.assert_close(got.terms["sigmoid"][0], torch.tensor(want["losses"]), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(got.chosen_rewards, torch.tensor(want["chosen_rewards"]), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(got.rejected_rewards, torch.tensor(want["rejected_rewards"]), atol=1e-6, rtol=1e-6)
 
 
 def test_equal_models_lose_log_two():
     logps = torch.tensor([-3.0, -200.0])
-    assert dpo_loss(logps, logps - 5, logps, logps - 5, beta=0.1).losses.tolist() == pytest.approx([math.log(2)] * 2)
+    assert sigmoid_loss(logps, logps - 5, logps, logps - 5, beta=0.1).loss.item() == pytest.approx(math.log(2))
 
 
 @pytest.mark.parametrize("name", ["batch_unique8", "batch_0_4", "batch_4_8", "batch_single_5", "batch_all12"])
@@ -107,7 +115,7 @@ def test_gradients_are_ha_dpos(golden, dpo, policy, references):
     chosen = logps(policy, batch)
     with references[1].forward_of(policy) as model:
         reference = logps(model, batch)
-    dpo_loss(*chosen, *reference, beta=0.1).losses.mean().backward()
+    sigmoid_loss(*chosen, *reference, beta=0.1).loss.backward()
     names = dict(policy.named_parameters())
     recorded = load_file(golden / "dpo" / "grads_batch_unique8.safetensors")
     trained = {name for name, p in names.items() if p.requires_grad}
@@ -129,12 +137,12 @@ def test_ten_steps_follow_the_recorded_trajectory(golden, dpo, policy, reference
         policy_logps = logps(policy, batch)
         with references[1].forward_of(policy) as model:
             reference_logps = logps(model, batch)
-        loss = dpo_loss(*policy_logps, *reference_logps, beta=0.1)
-        assert loss.losses.mean().item() == pytest.approx(step["loss"], abs=1e-4)
+        loss = sigmoid_loss(*policy_logps, *reference_logps, beta=0.1)
+        assert loss.loss.item() == pytest.approx(step["loss"], abs=1e-4)
         margins = (loss.chosen_rewards - loss.rejected_rewards).mean().item()
         assert margins == pytest.approx(step["rewards/margins"], abs=1e-3)
         optimizer.zero_grad()
-        loss.losses.mean().backward()
+        loss.loss.backward()
         optimizer.step()
     for name, value in start.items():
         dict(policy.named_parameters())[name].data.copy_(value)
