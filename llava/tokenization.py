@@ -11,17 +11,21 @@ from __future__ import annotations
 import json
 import shutil
 from bisect import bisect_right
+from collections.abc import Collection
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from llava.errors import UserError
 from llava.files import read_object, write_json
 
 SPACE = "▁"
+HUGGINGFACE_TOKENS = ("<image>", "<pad>")  # that its LLaVA has and ours has not
 
 Span = tuple[int, int]
 
@@ -189,11 +193,41 @@ def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
-def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
+def vocabulary_size(folder: Path) -> int | None:
+    """How many pieces a folder's tokenizer was made with, without tokens added since; None where that is not known."""
+    if (folder / "tokenizer.model").is_file():
+        try:
+            return SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
+        except RuntimeError:
+            return None  # reading the tokenizer says what is wrong
+    if (folder / "tokenizer.json").is_file():
+        return len(read_object(folder / "tokenizer.json").get("model", {}).get("vocab", ())) or None
+    return None
+
+
+def added_tokens(folder: Path) -> dict[str, tuple[int, bool]]:
+    """Tokens that a folder's files add to the vocabulary: id, and whether it is special."""
+    config_file, json_file, added_file = (
+        folder / name for name in ("tokenizer_config.json", "tokenizer.json", "added_tokens.json")
+    )
+    added: dict[str, tuple[int, bool]] = {}
+    if json_file.is_file():
+        added |= {t["content"]: (t["id"], t["special"]) for t in read_object(json_file).get("added_tokens") or ()}
+    if config_file.is_file():
+        table = read_object(config_file).get("added_tokens_decoder") or {}
+        added |= {entry["content"]: (int(index), bool(entry.get("special"))) for index, entry in table.items()}
+    if added_file.is_file():
+        added |= {token: (index, token.startswith("<")) for token, index in read_object(added_file).items()}
+    return added
+
+
+def load_tokenizer(path: str | Path, vocab_size: int | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint folder or hub id.
 
-    A folder with ``tokenizer.model`` whose class is Llama's is read by SentencePiece, anything else by AutoTokenizer.
-    ``kwargs`` (``model_max_length``, ``padding_side``, ``cache_dir``) override what the files say.
+    A folder with ``tokenizer.model`` whose class is Llama's, or which says ``legacy``, is read by SentencePiece; a
+    Llama's with ``tokenizer.json`` alone is made to give the same ids; anything else is read by AutoTokenizer. Hugging
+    Face's ``<image>`` and ``<pad>`` are left out of a Llama's where ``vocab_size`` rows leave none for them. ``kwargs``
+    (``model_max_length``, ``padding_side``, ``cache_dir``) override what the files say.
 
     Raises:
         UserError: no tokenizer files, or files that cannot be read.
@@ -201,11 +235,15 @@ def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     folder = Path(path)
     if not folder.is_dir():
         folder = _downloaded(str(path), kwargs.get("cache_dir"))
-    if (folder / "tokenizer.model").is_file():
-        config_file = folder / "tokenizer_config.json"
-        config = read_object(config_file) if config_file.is_file() else {}
-        if config.get("tokenizer_class", "LlamaTokenizer").startswith("Llama"):
-            return _sentencepiece(folder, config, kwargs)
+    config_file = folder / "tokenizer_config.json"
+    config = read_object(config_file) if config_file.is_file() else {}
+    if (folder / "tokenizer.model").is_file() and (
+        config.get("tokenizer_class", "LlamaTokenizer").startswith("Llama") or "legacy" in config
+    ):
+        return _sentencepiece(folder, config, kwargs, vocab_size)
+    pieces = _llama_pieces(folder)
+    if pieces is not None:
+        return _llama_of_json(folder, pieces, config, kwargs, vocab_size)
     try:
         return AutoTokenizer.from_pretrained(folder, **kwargs)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
@@ -230,23 +268,82 @@ def _downloaded(name: str, cache_dir: str | None) -> Path:
         ) from None
 
 
-def _sentencepiece(folder: Path, config: dict[str, Any], overrides: dict[str, Any]) -> SentencePieceTokenizer:
+def _rowless(added: dict[str, tuple[int, bool]], vocab_size: int | None) -> list[str]:
+    """Hugging Face's tokens that a model of ``vocab_size`` rows has no row for."""
+    return [t for t in HUGGINGFACE_TOKENS if vocab_size is not None and t in added and added[t][0] >= vocab_size]
+
+
+def _settings(
+    folder: Path, config: dict[str, Any], overrides: dict[str, Any], rowless: Collection[str]
+) -> dict[str, Any]:
+    """What a Llama tokenizer is made with; a special token among the ``rowless`` is ``<unk>`` instead."""
     special_file = folder / "special_tokens_map.json"
     special = read_object(special_file) if special_file.is_file() else {}
     settings: dict[str, Any] = {
-        "padding_side": "right",  # transformers 4's default, which LLaVA relies on
+        "padding_side": config.get("padding_side", "right"),  # transformers 4's default, which LLaVA relies on
         "model_max_length": config.get("model_max_length", int(1e30)),
+    }
+    for name in ("unk_token", "bos_token", "eos_token", "pad_token"):
+        token = config.get(name) or special.get(name)
+        token = token["content"] if isinstance(token, dict) else token
+        if token:
+            settings[name] = settings.get("unk_token", "<unk>") if token in rowless else token
+    return {**settings, **{k: v for k, v in overrides.items() if k in ("model_max_length", "padding_side")}}
+
+
+def _llama_pieces(folder: Path) -> dict[str, Any] | None:
+    """``tokenizer.json`` where it is that of a Llama of the SentencePiece kind."""
+    file = folder / "tokenizer.json"
+    content = read_object(file) if file.is_file() else {}
+    model = content.get("model") or {}
+    return content if model.get("type") == "BPE" and model.get("byte_fallback") else None
+
+
+def _llama_of_json(
+    folder: Path, content: dict[str, Any], config: dict[str, Any], overrides: dict[str, Any], vocab_size: int | None
+) -> PreTrainedTokenizerBase:
+    """A Llama tokenizer of ``tokenizer.json``'s pieces, with ``SentencePieceTokenizer``'s rules about spaces.
+
+    Without ``legacy`` the first word behind a special token may be another piece ("</s>USER" -> "USER", as in
+    transformers 4.37): merges cannot be told that a space was there.
+    """
+    tokens = content.get("added_tokens") or []
+    rowless = _rowless({t["content"]: (t["id"], t["special"]) for t in tokens}, vocab_size)
+    prepends = "Prepend" in json.dumps(content.get("normalizer"))
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    if config.get("legacy", prepends):
+        steps, before = [{"type": "Prepend", "prepend": SPACE}, spaces], None
+    else:
+        # Metaspace takes a leading space for the one that SentencePiece puts in front.
+        steps = [{"type": "Replace", "pattern": {"Regex": rf"\A[ {SPACE}]"}, "content": SPACE * 2}, spaces]
+        before = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
+    content = {
+        **content,
+        "added_tokens": [t for t in tokens if t["content"] not in rowless],
+        "normalizer": {"type": "Sequence", "normalizers": steps},
+        "pre_tokenizer": before,
+    }
+    settings = _settings(folder, config, overrides, rowless)
+    try:
+        backend = Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(f"{folder / 'tokenizer.json'}: cannot be read ({str(error).splitlines()[0]})") from None
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
+    tokenizer.name_or_path = str(folder)
+    return tokenizer
+
+
+def _sentencepiece(
+    folder: Path, config: dict[str, Any], overrides: dict[str, Any], vocab_size: int | None
+) -> SentencePieceTokenizer:
+    added = added_tokens(folder)
+    rowless = _rowless(added, vocab_size)
+    settings: dict[str, Any] = {
+        **_settings(folder, config, overrides, rowless),
         "legacy": config.get("legacy"),
         "add_bos_token": config.get("add_bos_token", True),
         "add_eos_token": config.get("add_eos_token", False),
     }
-    for name in ("unk_token", "bos_token", "eos_token", "pad_token"):
-        token = config.get(name) or special.get(name)
-        if token:
-            settings[name] = token["content"] if isinstance(token, dict) else token
-    if "padding_side" in config:
-        settings["padding_side"] = config["padding_side"]
-    settings.update({k: v for k, v in overrides.items() if k in ("model_max_length", "padding_side")})
     try:
         tokenizer = SentencePieceTokenizer(str(folder / "tokenizer.model"), **settings)
     except RuntimeError:
@@ -254,15 +351,9 @@ def _sentencepiece(folder: Path, config: dict[str, Any], overrides: dict[str, An
             f"{folder / 'tokenizer.model'}: no SentencePiece model (truncated?); download it again"
         ) from None
     tokenizer.name_or_path = str(folder)
-
-    added = {
-        entry["content"]: (int(index), bool(entry.get("special")))
-        for index, entry in (config.get("added_tokens_decoder") or {}).items()
-    }
-    added_file = folder / "added_tokens.json"
-    if added_file.is_file():
-        added.update({token: (index, token.startswith("<")) for token, index in read_object(added_file).items()})
     for token, (index, is_special) in sorted(added.items(), key=lambda item: item[1][0]):
+        if token in rowless:
+            continue
         if tokenizer.convert_tokens_to_ids(token) != index or token not in tokenizer._added_tokens_encoder:
             tokenizer.add_tokens([token], special_tokens=is_special)
         if tokenizer.convert_tokens_to_ids(token) != index:

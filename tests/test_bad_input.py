@@ -337,8 +337,7 @@ def test_two_ways_to_say_what_trains(pretrain, refused):
 
 
 REFUSED_FLAGS = [
-    ({"bits": 4}, ["--bits 4", "pass 16"]),
-    ({"lora_weight_path": "x"}, ["--lora_weight_path", "merge the adapter"]),
+    ({"lora_weight_path": "x"}, ["--lora_weight_path x: no such folder"]),
     ({"mm_use_im_start_end": True}, ["--mm_use_im_start_end True", "pass False"]),
     ({"mm_patch_merge_type": "spatial_unpad"}, ["--mm_patch_merge_type spatial_unpad", "expected flat"]),
     ({"image_aspect_ratio": "anyres"}, ["--image_aspect_ratio anyres", "expected pad or square"]),
@@ -461,8 +460,8 @@ FOREIGN_MODELS = {
     "anyres": ({**LLAVA, "image_aspect_ratio": "anyres"}, ["LLaVA-1.6 (anyres)", "expected LLaVA-1.5"]),
     "unpad": ({**LLAVA, "mm_patch_merge_type": "spatial_unpad"}, ["LLaVA-1.6 (anyres)", "expected LLaVA-1.5"]),
     "huggingface": (
-        {"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": {}},
-        ["LlavaForConditionalGeneration", "expected the original LLaVA format", "llava-v1.5-7b"],
+        {"model_type": "llava", "text_config": {"model_type": "mistral"}, "vision_config": {}},
+        ["text_config has model_type 'mistral'", "expected llama or qwen2"],
     ),
     "towerless": ({"model_type": "llava_llama"}, ["names no vision tower", "mm_vision_tower"]),
     "nameless": ({"hidden_size": 64}, ["model_type 'None'", "llava_llama"]),
@@ -678,15 +677,6 @@ def test_an_adapter_that_could_run_code(pope, refused, golden, lora):
     result = pope(**{"model-path": lora, "model-base": golden / "tiny-llava-original"})
     refused(result, lora / "adapter_model.bin", "could run code")
     assert "arbitrary code ran" not in result[1]
-
-
-@pytest.mark.parametrize("flag", ["--load-4bit", "--load-8bit"])
-def test_quantized_weights_need_their_package(run_script, refused, golden, pope_world, flag):
-    if importlib.util.find_spec("bitsandbytes") is not None:
-        pytest.skip("it is installed")
-    model, coco, questions = golden / "tiny-llava-original", pope_world / "coco", pope_world / "pope"
-    flags = flags_of({"model-path": model, "coco_path": coco, "pope_path": questions, "output_dir": "out"})
-    refused(run_script("pope_eval", *flags, flag), flag, "pip install bitsandbytes")
 
 
 def test_a_batch_of_nothing(pope, refused):

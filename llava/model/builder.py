@@ -7,6 +7,8 @@ explicit dtype, one ``from_pretrained``, which also serves ZeRO-3, device maps a
 from __future__ import annotations
 
 import logging
+import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,44 +21,37 @@ from llava.errors import UserError
 from llava.files import read_object
 from llava.model.checkpoint import (
     ADAPTER_WEIGHTS,
-    PROJECTOR,
-    TOWER,
-    State,
+    assign,
     first_of,
     has_tower,
-    read_tensors,
+    has_weights,
+    model_names,
+    read_adapter,
     read_tower_weights,
+)
+from llava.model.dialects import PROJECTOR, TOWER, State, lora_name, runtime_name
+from llava.model.huggingface import (
+    CLIP_SHAPE,
+    LANGUAGE_MODELS,
+    PREPROCESSOR,
+    image_settings,
+    is_huggingface,
+    original_config,
 )
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_qwen2 import LlavaQwen2Config, LlavaQwen2ForCausalLM
 from llava.model.multimodal_encoder.builder import vision_config
 from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.quantization import Quantization, check_backend, settle
 from llava.tokenization import load_tokenizer
 
-# model_type on disk -> our classes. "llava" is what the released v1.5 says; it is also Hugging Face's own format, which
-# keeps the language model's sizes in "text_config" instead.
+# model_type on disk -> our classes. "llava" is what the released v1.5 says, and Hugging Face's own format
+# (``huggingface``): transformers' AutoConfig takes the one for the other without a word, so it is never asked.
 FAMILIES: dict[str, tuple[type, type]] = {
     "llava": (LlavaConfig, LlavaLlamaForCausalLM),
     "llava_llama": (LlavaConfig, LlavaLlamaForCausalLM),
     "llava_qwen2": (LlavaQwen2Config, LlavaQwen2ForCausalLM),
 }
-LANGUAGE_MODELS = {"llama": "llava_llama", "qwen2": "llava_qwen2"}
-
-# What decides a tower's arithmetic.
-CLIP_SHAPE = (
-    "hidden_size",
-    "intermediate_size",
-    "projection_dim",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_channels",
-    "image_size",
-    "patch_size",
-    "hidden_act",
-    "layer_norm_eps",
-)
-
-PREPROCESSOR = "preprocessor_config.json"
 
 # LoRA belongs to the language model. Bare target names would also match the tower's q/k/v_proj.
 LORA_EXCLUDED = r".*(vision_tower|mm_projector|post_block).*"
@@ -90,22 +85,51 @@ def local_folder(name_or_path: str, flag: str, near: Sequence[Path] = (), cache_
         ) from None
 
 
+def read_config(folder: Path, flag: str) -> dict[str, Any]:
+    """A model's ``config.json`` in the original format, whichever of the two it has.
+
+    Raises:
+        UserError: none there, or one that cannot be put so.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{flag} {folder}: {_without_config(folder)}")
+    config = read_object(file)
+    quantized = config.pop("quantization_config", None)  # beside a delta: what it was trained on, not what it holds
+    if quantized and has_weights(folder):
+        raise UserError(
+            f"{flag} {folder}: the weights are quantized ({quantized.get('quant_method')}), which cannot be loaded; "
+            "expected float16, bfloat16 or float32 (--load-4bit, --load-8bit and --bits quantize what is loaded)"
+        )
+    return original_config(config, folder, flag) if is_huggingface(config) else config
+
+
+def _without_config(folder: Path) -> str:
+    """What a folder without config.json is."""
+    names = sorted(file.name for file in folder.iterdir())
+    if any(name.endswith(".gguf") for name in names):
+        return "holds GGUF files (llama.cpp), which cannot be loaded; expected .safetensors or .bin with config.json"
+    if first_of(folder, ADAPTER_WEIGHTS):
+        return f"{first_of(folder, ADAPTER_WEIGHTS).name} without adapter_config.json; copy the whole folder again"
+    found = ", ".join(names[:4]) or "nothing"
+    return f"config.json: no such file (found {found}); expected the folder of a whole model"
+
+
 def check_config(config: dict[str, Any], folder: Path, flag: str) -> dict[str, Any]:
-    """``config``, read in ``folder``, which must be that of a LLaVA in its original format.
+    """``config``, read in ``folder``, which must be that of a LLaVA.
 
     Raises:
         UserError: another kind of model, with what was found and what is expected.
     """
     kind = config.get("model_type")
-    if config.get("text_config"):
-        raise UserError(
-            f"{flag} {folder}: Hugging Face's LlavaForConditionalGeneration format; expected the original LLaVA format "
-            "(liuhaotian/llava-v1.5-7b, not llava-hf/llava-1.5-7b-hf)"
-        )
     if kind not in FAMILIES:
+        hint = ""
+        if kind in LANGUAGE_MODELS:
+            hint = " (a plain language model becomes a LLaVA with train_pretrain.py)"
+        elif kind == "clip_vision_model":
+            hint = " (it is a vision tower: pass it as --vision_tower)"
         raise UserError(
-            f"{flag} {folder}: model_type '{kind}' cannot be loaded; expected one of {', '.join(FAMILIES)}"
-            + (" (a plain language model becomes a LLaVA with train_pretrain.py)" if kind in LANGUAGE_MODELS else "")
+            f"{flag} {folder}: model_type '{kind}' cannot be loaded; expected one of {', '.join(FAMILIES)}{hint}"
         )
     aspect, merge = config.get("image_aspect_ratio"), config.get("mm_patch_merge_type")
     if aspect == "anyres" or (merge or "flat") != "flat":
@@ -127,11 +151,14 @@ def with_tower(
     Raises:
         UserError: the tower is needed and ``mm_vision_tower`` leads nowhere.
     """
-    inside = has_tower(folders[-1]) and any((folder / PREPROCESSOR).is_file() for folder in folders)
-    if config.get("mm_vision_config") and inside:
+    inside, named = has_tower(folders[-1]), config.get("mm_vision_tower")
+    if not named and not inside:
+        first = next(iter(model_names(folders[-1])), "none")
+        raise UserError(f"{folders[-1]}: no vision tower in the weights (first: {first}); download them again")
+    if config.get("mm_vision_config") and inside and (not named or any(image_settings(folder) for folder in folders)):
         return config, None  # nobody asks the hub for what is here: nodes of a cluster are often offline
     flag = f"{folders[0] / 'config.json'}: mm_vision_tower"
-    tower = local_folder(config.get("mm_vision_tower") or "", flag, folders, cache_dir)
+    tower = local_folder(named, flag, folders, cache_dir)
     return {"mm_vision_config": tower_shape(tower), **config}, tower
 
 
@@ -154,6 +181,7 @@ def assemble(
     dtype: torch.dtype,
     tower: Path | None = None,
     device_map: Any = None,
+    quantization: Quantization | None = None,
     **kwargs: Any,
 ) -> Any:
     """A model of ``config`` with the weights in ``state``; the tower's come from its folder where ``state`` has none.
@@ -170,13 +198,15 @@ def assemble(
             )
         state = {**state, **read_tower_weights(tower)}
     logging.getLogger("transformers").setLevel(logging.ERROR)  # its load report; ours is below
+    if quantization is not None:
+        kwargs |= quantization.options(state)
     if device_map is not None:
         kwargs["device_map"] = device_map
     try:
         model, info = model_class.from_pretrained(
             None, config=settings, state_dict=state, dtype=dtype, output_loading_info=True, **kwargs
         )
-    except ImportError as error:  # a kernel or a quantizer that is not installed
+    except ImportError as error:  # a kernel that is not installed
         wanted = kwargs.get("attn_implementation")
         flag = f"--attn_implementation {wanted}: " if wanted else ""
         raise UserError(f"{flag}{' '.join(str(error).split())}; pass sdpa, or install it") from None
@@ -190,26 +220,38 @@ def assemble(
         if keys:
             kind = what.removesuffix("_keys")
             raise UserError(f"{source}: {len(keys)} {kind} weights for a {model_class.__name__}, first: {keys[0]}")
-    model.generation_config = _generation_config(source, model)
+    if quantization is not None:
+        settle(model)
+    model.generation_config = GenerationConfig(**generation_settings(source, model.config))
     model.name_or_path = model.config._name_or_path = str(source)  # adapters name it as their base
     return model
 
 
-def _generation_config(folder: Path, model: Any) -> GenerationConfig:
-    """The folder's, made greedy: Vicuna's has a temperature without sampling, which cannot be saved again."""
+def generation_settings(folder: Path, config: Any) -> dict[str, Any]:
+    """The folder's, made greedy: Vicuna's has a temperature without sampling, which cannot be saved again.
+
+    What the folder does not say is the model's ``config``'s.
+    """
     file = folder / "generation_config.json"
     given = read_object(file) if file.is_file() else {}
     keep = ("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "repetition_penalty")
-    settings = {k: getattr(model.config, k, None) for k in keep[:3]}
+    settings = {k: getattr(config, k, None) for k in keep[:3]}
     settings.update({k: given[k] for k in keep if given.get(k) is not None})
-    return GenerationConfig(**{k: v for k, v in settings.items() if v is not None})
+    if (settings["pad_token_id"] or 0) >= config.vocab_size:  # Hugging Face's <pad>, which has no row here
+        settings["pad_token_id"] = config.pad_token_id
+    return {k: v for k, v in settings.items() if v is not None}
 
 
 def load_image_processor(*folders: Path | None) -> CLIPImageProcessorPil:
-    """The first image processor in a checkpoint's, its base's, its tower's folder; Pillow, as upstream."""
+    """The first image processor in a checkpoint's, its base's, its tower's folder; Pillow, as upstream.
+
+    It is CLIP's whatever class the file names: padding is LLaVA's own step before it.
+    """
     for folder in folders:
-        if folder is not None and (folder / PREPROCESSOR).is_file():
-            return CLIPImageProcessorPil.from_pretrained(folder)
+        settings = image_settings(folder) if folder is not None else None
+        if settings is not None:
+            padding = ("do_pad", "pad_size", "image_processor_type", "processor_class")
+            return CLIPImageProcessorPil(**{k: v for k, v in settings.items() if k not in padding})
     raise UserError(f"no {PREPROCESSOR} in {', '.join(dict.fromkeys(str(f) for f in folders if f))}")
 
 
@@ -246,18 +288,97 @@ def fresh_connector(config: dict[str, Any], seed: int) -> State:
 
 
 def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
-    """``model`` with the LoRA in ``folder`` on it; the tensors that come with a LoRA must be in the model already."""
-    from peft import PeftConfig, PeftModel
+    """``model`` with the LoRA in ``folder`` on it; the tensors that come with a LoRA must be in the model already.
 
-    weights = first_of(folder, ADAPTER_WEIGHTS)
-    if weights is None:
-        raise UserError(f"{folder}: no adapter weights; expected {' or '.join(ADAPTER_WEIGHTS)}")
-    read_tensors(weights)  # a damaged or unsafe file is refused here, with its name
-    settings = PeftConfig.from_pretrained(folder)
-    if getattr(settings, "exclude_modules", None) is None:
-        settings.exclude_modules = LORA_EXCLUDED
-    device = str(next(model.parameters()).device)  # PEFT's own guess is the first card, on every rank
-    return PeftModel.from_pretrained(model, folder, config=settings, is_trainable=trainable, torch_device=device)
+    It goes on exactly the modules that it has weights for. The files' names may be those of any dialect, and under
+    ZeRO-3 the weights get to where they were partitioned to.
+
+    Raises:
+        UserError: no LoRA, of a kind that is not known, or one that was trained on another model.
+    """
+    from peft import get_peft_model
+
+    weights, _ = read_adapter(folder)
+    settings = _adapter_settings(model, folder, {name.rsplit(".lora_", 1)[0] for name in weights})
+    settings.inference_mode = not trainable
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The PEFT config's `base_model_name_or_path` was renamed")
+        model = get_peft_model(model, settings)
+    fill_adapter(model, weights, folder)
+    return model
+
+
+def fill_adapter(model: Any, weights: State, folder: Path) -> None:
+    """Put a LoRA's ``weights`` into a model that has one of the same shape.
+
+    Raises:
+        UserError: some are missing, too many, or of another shape.
+    """
+    names = {lora_name(name): name for name, _ in model.named_parameters() if "lora_" in name}
+    another = "the adapter was trained on another model"
+    missing = sorted(names.keys() - weights.keys())
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} LoRA weights are missing, first: {missing[0]}; {another}")
+    try:
+        assign(model, {names.get(name, name): value for name, value in weights.items()}, folder)
+    except UserError as error:
+        raise UserError(f"{error}; {another}") from None
+
+
+# What PEFT can do to a LoRA beyond what its weights say and this loader gives them back to.
+_UNKNOWN_TO_LOADER = (
+    *("megatron_config", "layer_replication", "trainable_token_indices", "target_parameters", "use_qalora"),
+    "lora_bias",
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "velora_config"),
+)
+
+
+def _adapter_settings(model: Any, folder: Path, modules: set[str]) -> Any:
+    """``adapter_config.json`` for a LoRA on the ``modules`` of ``model``."""
+    from peft import LoraConfig
+
+    file = folder / "adapter_config.json"
+    given = read_object(file)
+    if (kind := given.get("peft_type", "LORA")) != "LORA":
+        raise UserError(f"{file}: peft_type {kind} cannot be loaded; expected LORA")
+    unknown = [key for key in _UNKNOWN_TO_LOADER if given.get(key)]
+    if (init := given.get("init_lora_weights", True)) not in (True, False, "gaussian", "orthogonal"):
+        unknown.append(f"init_lora_weights {init}")  # changes the base's weights too
+    if unknown:
+        raise UserError(f"{file}: {', '.join(unknown)} cannot be loaded; merge the adapter where it was trained")
+    absent = sorted(modules - {name for name, _ in model.named_modules()})
+    if absent:
+        raise UserError(
+            f"{folder}: a LoRA on {len(absent)} modules that the model has not, first: {absent[0]}; the adapter was "
+            "trained on another model"
+        )
+    patterns = {
+        key: {runtime_name(name): value for name, value in (given.get(key) or {}).items()}
+        for key in ("rank_pattern", "alpha_pattern")
+    }
+    for pattern in {name for names in patterns.values() for name in names}:
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in modules):
+            raise UserError(f"{file}: pattern {pattern} fits none of the modules that have LoRA weights")
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in modules})
+    plain = modules == {
+        name
+        for name, _ in model.named_modules()
+        if name.rsplit(".", 1)[-1] in leaves and not re.fullmatch(LORA_EXCLUDED, name)
+    }
+    settings = {key: value for key, value in given.items() if key in LoraConfig.__dataclass_fields__}
+    settings.update(
+        target_modules=leaves if plain else sorted(modules),
+        exclude_modules=LORA_EXCLUDED if plain else None,
+        # Whole tensors that came with it are in the model already.
+        modules_to_save=None,
+        bias="none",
+        layers_to_transform=None,
+        layers_pattern=None,
+        **patterns,
+    )
+    # Of a key that says null, PEFT's default, as where the key is missing.
+    defaults = {key for key in ("r", "lora_alpha", "lora_dropout") if settings.get(key) is None}
+    return LoraConfig(**{key: value for key, value in settings.items() if key not in defaults})
 
 
 def load_pretrained_model(
@@ -279,7 +400,7 @@ def load_pretrained_model(
     backbone), or be several, ``A,B``. A delta finds its base by its ``delta.json``; ``model_base`` says where it lies
     instead, and must be given for a delta without one (upstream's). ``model_name`` is accepted and not needed. The
     dtype is float16 on CUDA, as upstream, and float32 on the CPU unless ``dtype`` says otherwise. LoRA weights are
-    merged.
+    merged. ``load_8bit`` and ``load_4bit`` (nf4, with its scales quantized too) are of the decoder's linear layers.
 
     Raises:
         UserError: what was found cannot be loaded, with what to pass instead.
@@ -293,18 +414,25 @@ def load_pretrained_model(
         options["device_map"] = device_map if device == "cuda" else {"": device}
     if use_flash_attn or attn_implementation:
         options["attn_implementation"] = attn_implementation or "flash_attention_2"
+    quantization = None
     if load_8bit or load_4bit:
-        options["quantization_config"] = _quantization(load_4bit, dtype)
+        if load_8bit and load_4bit:
+            raise UserError("--load-8bit and --load-4bit: pass one of them")
+        where = device if on_cuda or device != "cuda" else "cpu"
+        quantization = Quantization(4 if load_4bit else 8, dtype, where)
+        check_backend("--load-4bit" if load_4bit else "--load-8bit", quantization.bits, where)
 
     chain = read_chain(model_path, "--model-path", cache_dir, model_base)
     config, tower = chain.configured()
-    model = assemble(config, chain.state(dtype, adapter=False), chain.source, dtype, tower, **options)
-    if chain.adapter is not None:
+    # Into quantized weights a LoRA could be folded only by rounding them once more.
+    state = chain.state(adapter=quantization is not None)
+    model = assemble(config, state, chain.source, dtype, tower, quantization=quantization, **options)
+    if chain.adapter is not None and quantization is None:
         model = load_adapter(model, chain.adapter).merge_and_unload()
     if not on_cuda and device not in ("cuda", "cpu"):
         model = model.to(device)
 
-    tokenizer = load_tokenizer(chain.folder_with("tokenizer_config.json"))
+    tokenizer = load_tokenizer(chain.folder_with("tokenizer_config.json"), config.get("vocab_size"))
     _add_image_marks(model, tokenizer)
     context_len = getattr(model.config, "max_sequence_length", 2048)
     image_processor = load_image_processor(*chain.folders, tower)
@@ -323,22 +451,3 @@ def _add_image_marks(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.add_tokens(marks, special_tokens=True)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
-
-
-def _quantization(load_4bit: bool, dtype: torch.dtype) -> Any:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise UserError("--load-8bit and --load-4bit need bitsandbytes; pip install bitsandbytes") from None
-    from transformers import BitsAndBytesConfig
-
-    skipped = ["mm_projector", "vision_tower", "post_block", "lm_head"]
-    if load_4bit:
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_quant_type="nf4",
-            llm_int8_skip_modules=skipped,
-        )
-    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)

@@ -1,9 +1,8 @@
 """Weights in and out of files.
 
-Inside the program a model has one set of names: those of its modules. On disk there are more: the released v1.5 has no
-tower; towers saved by older transformers sit one level deeper (``vision_tower.vision_tower.vision_model.``); adapters
-come with a ``non_lora_trainables.bin`` whose keys carry PEFT's prefixes. The functions here translate, refuse what they
-cannot read, and write files whole.
+Inside the program a model has one set of names: those of its modules. On disk there are more (``dialects``), and the
+released v1.5 has no tower. The functions here read files under the program's names, refuse what they cannot read, and
+write files whole.
 """
 
 from __future__ import annotations
@@ -27,23 +26,21 @@ from torch import nn
 
 from llava.errors import UserError
 from llava.files import atomic_write, publish, read_object, sha256, write_json
-
-State = dict[str, torch.Tensor]
-
-TOWER = "model.vision_tower.vision_tower."
-PROJECTOR = "model.mm_projector."
-POST_BLOCK = "post_block."
-HEAD = "lm_head.weight"
-EMBEDDINGS = "model.embed_tokens.weight"
+from llava.model.dialects import (
+    PROJECTOR,
+    TOWER,
+    State,
+    lora_name,
+    original_names,
+    runtime_name,
+    runtime_names,
+)
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA = ("non_lora_trainables.bin", "non_lora_trainables.safetensors")
 CONNECTOR = ("mm_projector.bin", "mm_projector.safetensors")
 DELTA = "delta.safetensors"
-
-# Buffers that old checkpoints carry and today's modules compute.
-_DROPPED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 
 
 def read_tensors(path: Path) -> State:
@@ -83,21 +80,30 @@ def has_weights(folder: Path) -> bool:
     return first_of(folder, [n for name in WEIGHTS for n in (name, f"{name}.index.json")]) is not None
 
 
+def tensor_names(path: Path) -> list[str]:
+    """The program's names of what a weight file or an index holds; of a safetensors file only its head is read."""
+    if path.suffix == ".json":
+        names: Iterable[str] = read_object(path).get("weight_map", {})
+    elif path.suffix == ".safetensors" and path.is_file():
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+        except SafetensorError:
+            names = read_tensors(path)  # says what is wrong
+    else:
+        names = read_tensors(path)
+    return [runtime_name(name) for name in names]
+
+
+def model_names(folder: Path) -> list[str]:
+    """The program's names of a model's weights, in one file or in shards; none where there are none."""
+    file = first_of(folder, [n for name in WEIGHTS for n in (name, f"{name}.index.json")])
+    return tensor_names(file) if file is not None else []
+
+
 def has_tower(folder: Path) -> bool:
     """Whether the model in ``folder`` brings its vision tower; only names are read."""
-    for name in WEIGHTS:
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            if name.endswith(".safetensors"):
-                try:
-                    with safe_open(folder / name, framework="pt") as file:
-                        return any(key.startswith(TOWER) for key in file.keys())  # noqa: SIM118
-                except SafetensorError:
-                    return False  # reading it says what is wrong
-            return any(key.startswith(TOWER) for key in read_tensors(folder / name))
-        if index.is_file():
-            return any(key.startswith(TOWER) for key in read_object(index).get("weight_map", {}))
-    return False
+    return any(name.startswith(TOWER) for name in model_names(folder))
 
 
 def read_model_weights(folder: Path) -> State:
@@ -120,18 +126,6 @@ def read_model_weights(folder: Path) -> State:
     raise UserError(f"{folder}: no model weights; expected {' or '.join(WEIGHTS)}, or shards with an .index.json")
 
 
-def runtime_names(state: State) -> State:
-    """Names on disk -> names of the modules; computed buffers are dropped."""
-    return {
-        key.replace(f"{TOWER}vision_model.", TOWER): value for key, value in state.items() if not _DROPPED.search(key)
-    }
-
-
-def disk_names(state: State) -> State:
-    """Names of the modules -> names that LLaVA's own code reads (its tower has one level more)."""
-    return {re.sub(rf"^{re.escape(TOWER)}(?!vision_model\.)", f"{TOWER}vision_model.", k): v for k, v in state.items()}
-
-
 def read_tower_weights(folder: Path) -> State:
     """A CLIP folder's vision part, named as inside a LLaVA."""
     state = read_model_weights(folder)
@@ -149,21 +143,33 @@ def read_connector(path: Path) -> State:
     Raises:
         UserError: no connector inside.
     """
-    state = strip_prefixes(read_tensors(path))
-    connector = {PROJECTOR + k.split("mm_projector.", 1)[1]: v for k, v in state.items() if "mm_projector." in k}
-    if not connector:
-        keys = ", ".join(list(state)[:3])
+    tensors = read_tensors(path)
+    state = runtime_names(tensors)
+    if not any(key.startswith(PROJECTOR) for key in state):
+        keys = ", ".join(list(tensors)[:3]) or "nothing"
         raise UserError(f"{path}: no connector inside; expected keys with 'mm_projector.', found {keys}")
-    return {**connector, **{k: v for k, v in state.items() if "mm_projector." not in k}}
+    return state
 
 
-def strip_prefixes(state: State) -> State:
-    """``base_model.model.`` of PEFT and the doubled ``model.model.`` taken off, as upstream's loader does."""
-    state = {key.removeprefix("base_model."): value for key, value in state.items()}
-    if any(key.startswith("model.model.") for key in state):
-        state = {key.removeprefix("model."): value for key, value in state.items()}
-    # Beside these alone nothing starts with "model.model.".
-    return runtime_names({re.sub(r"^model\.(lm_head|post_block)\.", r"\1.", k): v for k, v in state.items()})
+def read_adapter(folder: Path) -> tuple[State, State]:
+    """A LoRA's weights (``model.layers.0.self_attn.q_proj.lora_A.weight``), and the whole tensors beside them.
+
+    The latter are those of ``non_lora_trainables`` and of PEFT's ``modules_to_save``.
+
+    Raises:
+        UserError: no weights, or no LoRA in them.
+    """
+    path = first_of(folder, ADAPTER_WEIGHTS)
+    if path is None:
+        raise UserError(f"{folder}: no adapter weights; expected {' or '.join(ADAPTER_WEIGHTS)}")
+    tensors = read_tensors(path)
+    state = runtime_names(tensors)
+    lora = {lora_name(key): value for key, value in state.items() if "lora_" in key}
+    if not lora:
+        raise UserError(f"{path}: no LoRA inside; expected keys with 'lora_A', found {', '.join(list(tensors)[:3])}")
+    others = {key: value for key, value in state.items() if "lora_" not in key}
+    extra = first_of(folder, NON_LORA)
+    return lora, {**others, **(runtime_names(read_tensors(extra)) if extra else {})}
 
 
 def assign(model: nn.Module, state: State, source: str | os.PathLike[str]) -> None:
@@ -228,7 +234,7 @@ def write_model_weights(folder: Path, state: State, max_shard_size: str = "5GB")
 
     Returns the names of the files written.
     """
-    state = disk_names(state)
+    state = original_names(state)
     plan = split_torch_state_dict_into_shards(
         state, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )

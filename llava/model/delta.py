@@ -24,11 +24,12 @@ import torch
 from llava.errors import UserError, note, warn
 from llava.files import existing, field, read_object
 from llava.model.builder import (
-    LANGUAGE_MODELS,
-    assemble,
+    FAMILIES,
     check_config,
     load_adapter,
     local_folder,
+    model_settings,
+    read_config,
     tower_shape,
     with_tower,
 )
@@ -37,22 +38,30 @@ from llava.model.checkpoint import (
     CONNECTOR,
     DELTA,
     NON_LORA,
-    POST_BLOCK,
-    PROJECTOR,
-    TOWER,
-    State,
     content_hash,
     first_of,
     has_tower,
     has_weights,
+    read_adapter,
     read_connector,
     read_model_weights,
     read_tensors,
     read_tower_weights,
-    runtime_names,
-    strip_prefixes,
+    tensor_names,
     weight_files,
 )
+from llava.model.dialects import (
+    EMBEDDINGS,
+    HEAD,
+    POST_BLOCK,
+    PROJECTOR,
+    TOWER,
+    State,
+    lora_name,
+    runtime_name,
+    runtime_names,
+)
+from llava.model.huggingface import LANGUAGE_MODELS, cut_rows, is_huggingface
 
 DELTA_CARD = "delta.json"
 FORMAT = 1
@@ -94,10 +103,13 @@ class Stage:
         return [file for alternatives in names if (file := first_of(self.folder, alternatives))]
 
     def parts(self) -> set[str]:
-        """Parts of the model that a delta brings."""
+        """Parts of the model that a delta brings; a LoRA on the vision tower is of both."""
         if self.card is not None:
             return set(self.card["parts"])
-        return {"lora", "projector"} if self.kind == "lora" else {"projector"}
+        names = [name for file in self.files() for name in tensor_names(file)]
+        return {"lora" for name in names if "lora_" in name} | {
+            _part(name) for name in names if "lora_" not in name or name.startswith(TOWER)
+        }
 
     def tensors(self) -> State:
         """A delta's tensors by their names in the program, without those of a LoRA."""
@@ -105,8 +117,13 @@ class Stage:
             return read_connector(self.files()[0])
         if self.kind == "mixture":
             return runtime_names(read_tensors(self.files()[0]))
-        others = first_of(self.folder, NON_LORA)
-        return strip_prefixes(read_tensors(others)) if others else {}
+        return read_adapter(self.folder)[1]
+
+
+def _part(name: str) -> str:
+    """The part that a whole tensor of a model belongs to."""
+    marks = {PROJECTOR: "projector", POST_BLOCK: "post_block", HEAD: "lm_head", TOWER: "vision_tower"}
+    return next((part for mark, part in marks.items() if name.startswith(mark)), "backbone")
 
 
 @dataclass
@@ -176,7 +193,16 @@ class Chain:
         return files + ([self.connector] if self.connector and "projector" not in without else [])
 
     def _raw_config(self) -> dict[str, Any]:
-        return read_object(existing(self.newest / "config.json", self.flag))
+        return read_config(self._config_folder, self.flag)
+
+    @property
+    def _config_folder(self) -> Path:
+        """The newest folder with a ``config.json`` in the original format (what PEFT saves has none), else the root."""
+        for folder in self.folders[:-1]:
+            file = folder / "config.json"
+            if file.is_file() and not is_huggingface(read_object(file)):
+                return folder
+        return self.root_folder
 
     def config(self) -> dict[str, Any]:
         """The newest ``config.json``, with what deltas below it brought beside their weights.
@@ -184,8 +210,14 @@ class Chain:
         Raises:
             UserError: it is not a LLaVA's, or another kind of LLaVA's.
         """
-        config = check_config(self._raw_config(), self.newest, self.flag)
-        for folder in self.folders[1:]:
+        newest, root = self._config_folder, self.root_folder
+        config = check_config(self._raw_config(), newest, self.flag)
+        if newest == root:
+            _tell_aspect(config, root)
+        elif config.get("mm_vision_config") is None and has_tower(root):
+            # LLaVA's adapters name a tower and know nothing of one that their base brings.
+            config["mm_vision_config"] = read_config(root, self.flag).get("mm_vision_config")
+        for folder in self.folders[self.folders.index(newest) + 1 :]:
             below = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
             if config.get("post_block") is None and below.get("post_block"):
                 config["post_block"] = below["post_block"]
@@ -215,20 +247,38 @@ class Chain:
                 )
         return config, self.tower
 
-    def state(self, dtype: torch.dtype, adapter: bool = True) -> State:
-        """All weights, but for those of a tower outside; ``adapter`` False leaves a LoRA on top out.
+    def state(self, adapter: bool = True) -> State:
+        """All weights, but for those of a tower outside, in their dtypes on disk; LoRA weights are folded in.
 
-        LoRA weights are folded in with ``dtype``.
+        ``adapter`` False leaves out a LoRA on top.
         """
-        state = read_model_weights(self.root_folder)
+        state = self._root_state()
         for number, stage in enumerate(self.stages[1:], 1):
             self._tell_replaced(number)
             new = stage.tensors()
-            if self.tower and any(key.startswith(TOWER) for key in new) and not has_tower(self.root_folder):
+            _check_rows(new, state, stage.folder)
+            if self.tower and "vision_tower" in stage.parts() and not has_tower(self.root_folder):
                 state = {**read_tower_weights(self.tower), **state}  # a delta holds only what trained of it
             state = lay_over(state, new)
             if stage.kind == "lora" and (adapter or stage is not self.stages[-1]):
-                state = self._up_to(number)._folded(state, dtype)
+                state = self._up_to(number)._folded(state)
+        return state
+
+    def _root_state(self) -> State:
+        """The whole model's own weights.
+
+        Raises:
+            UserError: their names are those of no format that is known.
+        """
+        state = read_model_weights(self.root_folder)
+        if EMBEDDINGS not in state:
+            raise UserError(
+                f"{self.root_folder}: the names of the weights are of no known format (first: {next(iter(state), '')});"
+                f" expected LLaVA's ({EMBEDDINGS}) or Hugging Face's (language_model.{EMBEDDINGS})"
+            )
+        file = self.root_folder / "config.json"
+        if file.is_file() and is_huggingface(read_object(file)):
+            state = cut_rows(state, read_config(self.root_folder, self.flag)["vocab_size"])
         return state
 
     def _up_to(self, number: int) -> Chain:
@@ -245,14 +295,34 @@ class Chain:
                 what = ", ".join(sorted(same - {"lora"}))
                 note(f"{stage.folder} and {other.folder} both bring {what}; that of {stage.folder} is used")
 
-    def _folded(self, state: State, dtype: torch.dtype) -> State:
-        """``state`` with the LoRA on top merged into it."""
+    def _folded(self, state: State) -> State:
+        """``state`` with the LoRA on top merged into it: in float32, and rounded to each weight's own dtype.
+
+        One weight at a time: a whole model in float32 would take twice the memory of its files.
+        """
+        from peft.tuners.lora import LoraLayer
+
+        lora, _ = read_adapter(self.newest)
         with _whole_parameters():
             config = self.config() if self.tower else self.configured()[0]
             config = {**({"mm_vision_config": tower_shape(self.tower)} if self.tower else {}), **config}
-            model = assemble(config, state, self.newest, dtype, self.tower)
-            merged = load_adapter(model, self.newest).merge_and_unload().state_dict()
-        return {key: merged.get(key, value) for key, value in state.items()}
+            with torch.device("meta"):
+                model = FAMILIES[config["model_type"]][1](model_settings(config))
+            model = load_adapter(model, self.newest)  # checks names and shapes
+            for path, layer in model.named_modules():
+                if not isinstance(layer, LoraLayer):
+                    continue
+                layer.to_empty(device="cpu")
+                for name, parameter in layer.named_parameters():
+                    if "lora_" in name:
+                        parameter.data = lora[lora_name(f"{path}.{name}")].float()
+                name = f"{runtime_name(path)}.weight"
+                weight = layer.base_layer.weight
+                weight.data = state[name].float()
+                layer.merge()
+                state = {**state, name: weight.data.to(state[name].dtype)}
+                layer.to("meta")
+        return state
 
     def card(self) -> dict[str, Any]:
         """``delta.json`` of a run on this chain, but for its parts."""
@@ -263,6 +333,33 @@ class Chain:
         if self.tower is not None and not has_tower(self.root_folder):
             card["tower"] = {"path": os.path.abspath(self.tower), "sha256": content_hash(weight_files(self.tower))}
         return card
+
+
+def _check_rows(new: State, state: State, folder: Path) -> None:
+    """A whole head or embeddings in a delta must be of the vocabulary below, or of a longer one as its tokens say."""
+    for key in {EMBEDDINGS, HEAD} & new.keys() & state.keys():
+        if new[key].shape[1:] != state[key].shape[1:] or len(new[key]) < len(state[key]):
+            raise UserError(
+                f"{folder}: {key} has shape {tuple(new[key].shape)}, but the model below has "
+                f"{tuple(state[key].shape)}; it was trained on another model"
+            )
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    note(message)
+
+
+def _tell_aspect(config: dict[str, Any], folder: Path) -> None:
+    """Fill in how pictures are prepared where a folder in Hugging Face's format leaves it open."""
+    if config.get("image_aspect_ratio") or not is_huggingface(read_object(folder / "config.json")):
+        return
+    config["image_aspect_ratio"] = "pad" if config["model_type"] == "llava_llama" else "square"
+    if config["image_aspect_ratio"] == "pad":
+        _say_once(
+            f"{folder}: pictures are padded to squares, as LLaVA-1.5 was trained; its own image processor would crop "
+            "them"
+        )
 
 
 def lay_over(state: State, new: State) -> State:
@@ -310,6 +407,29 @@ def read_chain(name: str, flag: str, cache_dir: str | None = None, base: str | N
             raise _not_the_base(given, chain.stages[1])
         warn(f"--model-base {base} is not used: {split_names(name)[0]} is a whole model")
     return chain
+
+
+def with_adapter(chain: Chain, name: str, flag: str) -> Chain:
+    """``chain`` with the LoRA in the folder ``name`` on top, which was trained on the whole of it.
+
+    Raises:
+        UserError: it was trained on something else, or changes the vision tower.
+    """
+    folder = local_folder(name, flag, cache_dir=chain.cache_dir)
+    existing(folder / "adapter_config.json", flag)
+    stage = Stage(folder, _recorded_name(name), "lora", _read_card(folder), len(chain.stages))
+    if stage.card is not None and stage.base["sha256"] != chain.hashes[-1]:
+        raise UserError(
+            f"{flag} {name} was trained on {stage.base['path']} with sha256 {stage.base['sha256']}, but the run starts "
+            f"from {chain.newest} with sha256 {chain.hashes[-1]}; pass the one it was trained on"
+        )
+    moved = [name for tensors in read_adapter(folder) for name in tensors if name.startswith(TOWER)]
+    if moved:
+        raise UserError(
+            f"{flag} {name} changes the vision tower (first: {moved[0]}), which does not go on training; make a whole "
+            "model of it first: python -m llava.model.export"
+        )
+    return Chain((*chain.stages, stage), flag, chain.cache_dir)
 
 
 def split_names(name: str) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +10,24 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from llava.files import write_json
+from llava.model.builder import fill_adapter
 from llava.model.checkpoint import (
     ADAPTER_WEIGHTS,
     CONNECTOR,
     DELTA,
     NON_LORA,
-    State,
     assign,
     first_of,
     gather_state,
+    read_adapter,
     read_connector,
     read_model_weights,
     read_tensors,
-    strip_prefixes,
     write_model_weights,
     write_tensors,
 )
 from llava.model.delta import DELTA_CARD, saves_delta
+from llava.model.dialects import State, runtime_names
 from llava.train.trainable import part_of
 
 PEFT_PREFIX = "base_model.model."
@@ -127,20 +127,14 @@ def write_config(model: Any, folder: Path) -> None:
 
 def load_trained(model: nn.Module, folder: Path) -> None:
     """Put back into ``model`` what ``save_checkpoint`` wrote for it (to go on training)."""
-    weights = first_of(folder, ADAPTER_WEIGHTS)
-    if weights is not None:
-        # By name and not by PEFT's own loader, which cannot fill parameters that ZeRO-3 has partitioned.
-        adapter = {
-            re.sub(r"(lora_[AB])\.weight$", r"\1.default.weight", k): v for k, v in read_tensors(weights).items()
-        }
-        assign(model, adapter, weights)
-        others = first_of(folder, NON_LORA)
-        if others is not None:
-            assign(bare_model(model), strip_prefixes(read_tensors(others)), others)
+    if first_of(folder, ADAPTER_WEIGHTS):
+        lora, others = read_adapter(folder)
+        fill_adapter(model, lora, folder)
+        assign(bare_model(model), others, folder)
         return
     connector, delta = first_of(folder, CONNECTOR), folder / DELTA
     if connector is not None:
         state = read_connector(connector)
     else:
-        state = read_tensors(delta) if delta.is_file() else read_model_weights(folder)
+        state = runtime_names(read_tensors(delta)) if delta.is_file() else read_model_weights(folder)
     assign(model, state, folder)

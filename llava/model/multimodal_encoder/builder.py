@@ -26,7 +26,8 @@ def vision_config(name_or_path: str, flag: str = "--vision_tower", cache_dir: st
             f"{flag} {name_or_path}: no CLIP vision tower can be read there ({str(error).splitlines()[0]}); "
             "pass the folder or hub id of e.g. openai/clip-vit-large-patch14-336"
         ) from None
-    config = getattr(config, "vision_config", config)
+    if config.model_type == "clip":  # of a whole LLaVA transformers may have made the vision part up
+        config = config.vision_config
     if not isinstance(config, CLIPVisionConfig):
         raise UserError(f"{flag} {name_or_path}: model type '{config.model_type}' is not a CLIP vision tower")
     return config
