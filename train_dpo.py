@@ -27,7 +27,8 @@ def main() -> None:
     from llava.train.hidden_cache import hidden_cache
     from llava.train.reference import SharedReference, choose_reference
     from llava.train.reference_cache import chosen_cache
-    from llava.train.trainable import add_lora, choose_parts, switch_on, table
+    from llava.train.sampler import samples_of_whole_steps
+    from llava.train.trainable import choose_parts, put_lora, switch_on, table
     from llava.train.trainer import DPOTrainer, checkpoint_to_resume
 
     model_args, data_args, train_args = parse((ModelArguments, PreferenceArguments, DPOTrainingArguments))
@@ -50,6 +51,8 @@ def main() -> None:
     if data_args.aux_data:
         aux = Captions(data_args.aux_data, data_args.image_folder, builder, data_args.skip_missing_images)
         pairs.bring(aux, train_args.seed)
+    if train_args.upstream_order:
+        samples_of_whole_steps(len(pairs), train_args)  # batches left over are refused here
     if first:
         print(f"{len(pairs)} pairs, {len(held_out or ())} held out, {len(pairs.aux or ())} records for --aux_data")
     card = RunCard(train_args.output_dir, arguments, data_args.files, train_args.seed)
@@ -57,8 +60,10 @@ def main() -> None:
     set_seed(train_args.seed)
     policy = plan.load()
     if "lora" in parts:
-        policy = add_lora(policy, train_args)
-    reference = choose_reference(policy, parts, plan, train_args.reference, train_args.reference_from)
+        policy = put_lora(policy, train_args)
+    reference = choose_reference(
+        policy, parts, plan, train_args.reference, train_args.reference_from, train_args.hadpo_compat
+    )
     start = SharedReference(policy, {"post_block"}) if "post_block" in parts else None
     switch_on(policy, parts)
     if first:
@@ -80,6 +85,9 @@ def main() -> None:
         start,
         reference=reference,
         beta=train_args.beta,
+        loss_type=train_args.loss_type,
+        loss_weights=train_args.loss_weights,
+        label_smoothing=train_args.label_smoothing,
         cache=cache,
         aux_weight=train_args.aux_weight,
     )

@@ -27,7 +27,8 @@ def main() -> None:
     from llava.train.caches import feature_folder
     from llava.train.hidden_cache import hidden_cache
     from llava.train.reference import SharedReference
-    from llava.train.trainable import add_lora, choose_parts, switch_on, table
+    from llava.train.sampler import samples_of_whole_steps
+    from llava.train.trainable import choose_parts, put_lora, switch_on, table
     from llava.train.trainer import LlavaTrainer, checkpoint_to_resume
 
     model_args, data_args, train_args = parse((ModelArguments, CaptionArguments, PretrainTrainingArguments))
@@ -46,6 +47,8 @@ def main() -> None:
     skip, folder = data_args.skip_missing_images, data_args.image_folder
     captions = Captions(data_args.data_path, folder, builder, skip)
     held_out = Captions(data_args.eval_data_path, folder, builder, skip) if data_args.eval_data_path else None
+    if train_args.upstream_order:
+        samples_of_whole_steps(len(captions), train_args)  # batches left over are refused here
     if first:
         print(f"{len(captions)} records" + (f", {len(held_out)} held out" if held_out else ""))
     card = RunCard(train_args.output_dir, arguments, (data_args.data_path, data_args.eval_data_path), train_args.seed)
@@ -53,7 +56,7 @@ def main() -> None:
     set_seed(train_args.seed)
     model = plan.load()
     if "lora" in parts:
-        model = add_lora(model, train_args)
+        model = put_lora(model, train_args)
     start = SharedReference(model, {"post_block"}) if "post_block" in parts else None
     switch_on(model, parts)
     if first:

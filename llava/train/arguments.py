@@ -7,6 +7,7 @@ and that has nothing to do here gets a log line (``NOTHING_TO_DO``).
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import sys
 from dataclasses import dataclass, field, fields
@@ -21,9 +22,13 @@ from transformers.utils import is_torch_tf32_available
 from llava.command_line import OneLineErrors, refuse_unknown
 from llava.conversation import template
 from llava.errors import UserError, note, warn
-from llava.files import existing
+from llava.files import existing, read_object
+from llava.files import field as field_of
+from llava.model.builder import local_folder
 from llava.model.post_block.builder import POST_BLOCKS
+from llava.model.quantization import CAPABILITY, KINDS, check_backend
 from llava.train.deepspeed_config import deepspeed_config
+from llava.train.losses import LOSSES, SMOOTHED
 
 REFERENCES = ("auto", "cache", "copy")
 REFERENCES_FROM = ("start", "base")
@@ -172,19 +177,26 @@ class LlavaTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "only False: the collator needs all of it"})
     cache_dir: str | None = field(default=None, metadata={"help": "the hub's cache"})
     model_max_length: int = field(default=512, metadata={"help": "rows are cut to it, images expanded"})
-    bits: int = field(default=16, metadata={"help": "only 16: training quantized models is not supported"})
-    double_quant: bool = field(default=True, metadata={"help": "belongs to --bits 4"})
-    quant_type: str = field(default="nf4", metadata={"help": "belongs to --bits 4"})
+    bits: int = field(
+        default=16, metadata={"help": "16 | 8 | 4: of the frozen decoder's linear layers (bitsandbytes; QLoRA)"}
+    )
+    double_quant: bool = field(default=True, metadata={"help": "of --bits 4: quantize the scales too"})
+    quant_type: str = field(default="nf4", metadata={"help": "of --bits 4: nf4 | fp4"})
     lora_enable: bool = field(default=False, metadata={"help": "train a LoRA on the language model"})
     lora_r: int = field(default=64, metadata={"help": "LoRA rank"})
     lora_alpha: int = field(default=16, metadata={"help": "LoRA scale is alpha / r"})
     lora_dropout: float = field(default=0.05, metadata={"help": "LoRA dropout"})
     lora_bias: str = field(default="none", metadata={"help": "only none"})
-    lora_weight_path: str | None = field(default=None, metadata={"help": "not supported"})
+    lora_weight_path: str | None = field(
+        default=None, metadata={"help": "LoRA adapter to start from, with what was saved beside it; its rank and alpha"}
+    )
     mm_projector_lr: float | None = field(default=None, metadata={"help": "rate of the connector; 0 freezes it"})
     post_block_lr: float = field(default=1e-4, metadata={"help": "rate of the post block; 0 freezes it"})
     lm_head_lr: float | None = field(default=None, metadata={"help": "rate of lm_head; 0 freezes it"})
     group_by_modality_length: bool = field(default=False, metadata={"help": "batches of like kind and length"})
+    upstream_order: bool = field(
+        default=False, metadata={"help": "the order in which LLaVA's and HA-DPO's runs of the same size see the data"}
+    )
     prefix_sharing: bool = field(
         default=True, metadata={"help": "compute what rows of a batch begin with alike only once (needs sdpa)"}
     )
@@ -220,12 +232,20 @@ class LlavaTrainingArguments(TrainingArguments):
         self._refuse()
         self._fit_machine()
         self.deepspeed = deepspeed_config(self.deepspeed, on_cpu=self.use_cpu)
+        if self.deepspeed:
+            self._settle_clipping(self.deepspeed)
+        if self.bits != 16 and (self.deepspeed or {}).get("zero_optimization", {}).get("stage") == 3:
+            raise UserError(
+                f"--bits {self.bits}: ZeRO-3 cannot partition bitsandbytes' weights; use zero_configs/zero2.json"
+            )
         try:
             super().__post_init__()
         except (ValueError, ImportError) as error:
             raise UserError(" ".join(str(error).split())) from None
         # Several cards in one process would mean DataParallel, which cuts a batch of shared pictures by rows.
         self._n_gpu = min(self._n_gpu, 1)
+        if self.bits != 16:
+            check_backend(f"--bits {self.bits}", self.bits, self.device)
 
     def _refuse(self) -> None:
         for name, least in AT_LEAST.items():
@@ -243,10 +263,14 @@ class LlavaTrainingArguments(TrainingArguments):
                 raise UserError(f"--report_to {name}: expected tensorboard, wandb or none")
         if self.output_dir and Path(self.output_dir).is_file():
             raise UserError(f"--output_dir {self.output_dir} is a file; expected a folder")
-        if self.bits != 16:
-            raise UserError(f"--bits {self.bits}: training quantized models is not supported; pass 16")
-        if self.lora_weight_path:
-            raise UserError("--lora_weight_path is not supported: merge the adapter into its base and start from that")
+        if self.bits not in (16, *CAPABILITY):
+            raise UserError(f"--bits {self.bits}: expected 16, 8 or 4")
+        if self.quant_type not in KINDS:
+            raise UserError(f"--quant_type {self.quant_type}: expected {' or '.join(KINDS)}")
+        if self.warmup_ratio is not None and not 0 <= self.warmup_ratio < 1:
+            raise UserError(f"--warmup_ratio {self.warmup_ratio:g}: expected 0 or more and less than 1")
+        if self.upstream_order and self.group_by_modality_length:
+            raise UserError("--upstream_order and --group_by_modality_length both choose the order; pass one")
         if self.mpt_attn_impl != "triton":
             raise UserError("--mpt_attn_impl belongs to MPT models, which are not supported")
         if self.remove_unused_columns:
@@ -263,6 +287,10 @@ class LlavaTrainingArguments(TrainingArguments):
             )
         if self.fsdp:
             raise UserError("--fsdp is not supported; use --deepspeed zero_configs/zero3.json")
+
+    def _settle_clipping(self, config: dict[str, Any]) -> None:
+        """``--max_grad_norm`` decides, unless DeepSpeed's file does (without a word DeepSpeed would clip at 1)."""
+        config.setdefault("gradient_clipping", "auto")
 
     def _fit_machine(self) -> None:
         """What this machine cannot do is switched off with one line."""
@@ -339,9 +367,26 @@ class DPOTrainingArguments(LlavaTrainingArguments):
         default="start",
         metadata={"help": "start: the policy as it is loaded | base: the whole model that its deltas stand on"},
     )
+    hadpo_compat: bool = field(
+        default=False,
+        metadata={
+            "help": "HA-DPO's exact arithmetic, faults included: the reference sees the policy's connector, which "
+            "trains at --learning_rate; warm-up, order and flags without effect are HA-DPO's too"
+        },
+    )
     aux_weight: float = field(default=0.5, metadata={"help": "weight of the language-model loss on --aux_data"})
     group_by_image: bool = field(default=False, metadata={"help": "batches of pairs about the same picture"})
     beta: float = field(default=0.5, metadata={"help": "DPO's beta (HA-DPO's recipe: 0.1)"})
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"], metadata={"help": f"one or more of {', '.join(LOSSES)}: their sum"}
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "weights of --loss_type in the sum (default: 1 each)"}
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": f"share of labels that are wrong, for {' and '.join(SMOOTHED)}: 0 up to 0.5"}
+    )
+    rpo_alpha: float | None = field(default=None, metadata={"help": "not supported: use --loss_type sigmoid sft"})
     optimizer_type: str | None = field(default=None, metadata={"help": "HA-DPO's name of --optim"})
     max_prompt_length: int | None = field(default=None, metadata={"help": "not supported: use --model_max_length"})
     max_length: int | None = field(default=None, metadata={"help": "not supported: use --model_max_length"})
@@ -351,6 +396,7 @@ class DPOTrainingArguments(LlavaTrainingArguments):
     def __post_init__(self) -> None:
         if self.beta <= 0:
             raise UserError(f"--beta {self.beta}: expected a positive number")
+        self._settle_losses()
         if self.reference not in REFERENCES:
             raise UserError(f"--reference {self.reference}: expected one of {', '.join(REFERENCES)}")
         if self.reference_from not in REFERENCES_FROM:
@@ -361,15 +407,77 @@ class DPOTrainingArguments(LlavaTrainingArguments):
             )
         if self.reference_cache and self.reference != "cache":
             raise UserError(f"--reference_cache has nothing to do with --reference {self.reference}; pass cache")
-        if self.group_by_image and self.group_by_modality_length:
-            raise UserError("--group_by_image and --group_by_modality_length both choose the order; pass one")
+        for flag in ("group_by_modality_length", "upstream_order"):
+            if self.group_by_image and getattr(self, flag):
+                raise UserError(f"--group_by_image and --{flag} both choose the order; pass one")
         for flag in ("max_prompt_length", "max_length"):
             if getattr(self, flag) is not None:
                 raise UserError(f"--{flag} did nothing upstream and is not supported; --model_max_length cuts rows")
+        if self.hadpo_compat:
+            self._become_hadpo()
         self.optim = self.optimizer_type or self.optim
         if self.warmup_steps is None and self.warmup_ratio is None:
             self.warmup_steps = 100
         super().__post_init__()
+
+    def _settle_clipping(self, config: dict[str, Any]) -> None:
+        if self.hadpo_compat and self.max_grad_norm:
+            clips = "gradient_clipping" in config
+            note(
+                "--max_grad_norm: HA-DPO's zero2.json and zero3.json have no gradient_clipping, so its runs were not "
+                f"clipped; --deepspeed has {'one, and this run is' if clips else 'none, nor is this run'}"
+            )
+            self.max_grad_norm = self.max_grad_norm if clips else 0.0
+        super()._settle_clipping(config)
+
+    def _become_hadpo(self) -> None:
+        """Flags as HA-DPO takes them (transformers 4.31 settles the warm-up)."""
+        for flag, (effective, reason) in WITHOUT_EFFECT_IN_HADPO.items():
+            if getattr(self, flag) != effective:
+                note(f"--{flag} has nothing to do with --hadpo_compat True: {reason}")
+                setattr(self, flag, effective)
+        if self.warmup_steps is None:
+            self.warmup_steps = 100
+        if self.warmup_steps == 0:
+            self.warmup_steps = 0.03 if self.warmup_ratio is None else self.warmup_ratio
+        elif self.warmup_ratio is not None:
+            note(f"--warmup_ratio has nothing to do with --hadpo_compat True: --warmup_steps is {self.warmup_steps:g}")
+        self.upstream_order = True
+
+    def _settle_losses(self) -> None:
+        if self.rpo_alpha is not None:
+            raise UserError(
+                "--rpo_alpha is not supported, TRL's releases did not agree on it; "
+                f"pass --loss_type sigmoid sft --loss_weights 1 {self.rpo_alpha:g}"
+            )
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        types = " ".join(self.loss_type)
+        for name in self.loss_type:
+            if name not in LOSSES:
+                raise UserError(f"--loss_type {types}: no loss '{name}'; expected one or more of {', '.join(LOSSES)}")
+            if self.loss_type.count(name) > 1:
+                raise UserError(f"--loss_type {types}: '{name}' is named twice; --loss_weights says how much it counts")
+        if self.loss_type == ["sft"]:
+            raise UserError("--loss_type sft alone learns from no preference; train_pretrain.py does that")
+        if self.loss_weights is None:
+            self.loss_weights = [1.0] * len(self.loss_type)
+        weights = " ".join(f"{weight:g}" for weight in self.loss_weights)
+        if len(self.loss_weights) != len(self.loss_type):
+            raise UserError(
+                f"--loss_weights {weights}: {len(self.loss_weights)} for the {len(self.loss_type)} of --loss_type "
+                f"{types}; expected as many"
+            )
+        if not all(0 < weight < math.inf for weight in self.loss_weights):
+            raise UserError(f"--loss_weights {weights}: expected positive numbers")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"--label_smoothing {self.label_smoothing}: expected 0 or more and less than 0.5")
+        if self.label_smoothing and not set(SMOOTHED) & set(self.loss_type):
+            raise UserError(
+                f"--label_smoothing has nothing to do with --loss_type {types}; only {' and '.join(SMOOTHED)} use it"
+            )
+        if "robust" in self.loss_type and not self.label_smoothing:
+            note("--loss_type robust is sigmoid where --label_smoothing is 0")
 
 
 # Numbers that must not be smaller.
@@ -387,14 +495,33 @@ AT_LEAST = {
     "dataloader_num_workers": 0,
 }
 
+# With --hadpo_compat: flags that do nothing in HA-DPO, with their values there and what happens instead.
+WITHOUT_EFFECT_IN_HADPO: dict[str, tuple[Any, str]] = {
+    "mm_projector_lr": (None, "the connector trains at --learning_rate (--freeze_mm_mlp_adapter freezes it)"),
+    "weight_decay": (0.0, "there is no weight decay"),
+    "lora_dropout": (0.0, "every dropout is 0"),
+    "group_by_modality_length": (False, "the order is random"),
+    "optim": ("adamw_torch", "--optimizer_type chooses the optimizer"),
+}
+
+# What HA-DPO has not, by the value that leaves it out.
+NOT_IN_HADPO = {
+    "reference_from": "start",
+    "loss_type": ["sigmoid"],
+    "loss_weights": [1.0],
+    "label_smoothing": 0.0,
+    "aux_data": None,
+    "cache_hidden": None,
+    "group_by_image": False,
+    "train_sampling_strategy": "random",
+}
+
 # Flags that upstream's commands carry and that have no work here.
 NOTHING_TO_DO = {
     "lazy_preprocess": "records are always processed when they are needed",
     "is_multimodal": "every model here is multimodal",
     "log_freq": "--logging_steps decides",
     "ignore_bias_buffers": "the models have no bias buffers",
-    "double_quant": "it belongs to --bits 4",
-    "quant_type": "it belongs to --bits 4",
 }
 
 
@@ -418,6 +545,7 @@ def parse(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple[Any
             note(f"--{flag} has nothing to do here: {reason}")
     _settle_evaluation(parsed, given)
     _settle_idle(parsed, given)
+    _settle_adapter(next(args for args in parsed if isinstance(args, TrainingArguments)), given)
     _settle_workers(next(args for args in parsed if isinstance(args, TrainingArguments)), given)
     return tuple(parsed)
 
@@ -440,17 +568,39 @@ def _settle_idle(parsed: list[Any], given: set[str]) -> None:
     trains_lora = "lora" in (values["tune"] or "").replace(" ", "").split(",") or values.get("train_type") == "use_lora"
     if not (values["lora_enable"] or trains_lora):
         idle |= dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout"), "--lora_enable is False")
+    if values["bits"] != 4:
+        idle |= dict.fromkeys(("double_quant", "quant_type"), f"--bits is {values['bits']}")
     if not values.get("aux_data"):
         idle |= {"aux_weight": "there is no --aux_data"}
     if values["eval_data_path"] is None:
         idle |= {"eval_steps": "there is no --eval_data_path"}
     for flag in sorted(given & idle.keys()):
         note(f"--{flag} has nothing to do here: {idle[flag]}")
-    for flag in ("group_by_modality_length", "group_by_image"):
+    if values.get("hadpo_compat"):
+        for flag, without in NOT_IN_HADPO.items():
+            if values[flag] != without:
+                raise UserError(f"--{flag} is not HA-DPO's and would change --hadpo_compat's numbers; leave one out")
+    for flag in ("group_by_modality_length", "group_by_image", "upstream_order"):
         if "train_sampling_strategy" in given and values.get(flag):
             raise UserError(f"--train_sampling_strategy and --{flag} True both choose the order; pass one")
     if values["mm_projector_lr"] and values["freeze_mm_mlp_adapter"]:
         raise UserError("--mm_projector_lr is for the connector, which --freeze_mm_mlp_adapter freezes; pass one")
+
+
+def _settle_adapter(train_args: TrainingArguments, given: set[str]) -> None:
+    """``--lora_weight_path`` brings its rank and alpha; flags that say otherwise are refused."""
+    if train_args.lora_weight_path is None:
+        return
+    train_args.lora_weight_path = str(
+        local_folder(train_args.lora_weight_path, "--lora_weight_path", cache_dir=train_args.cache_dir)
+    )
+    source = existing(Path(train_args.lora_weight_path) / "adapter_config.json", "--lora_weight_path")
+    settings = read_object(source)
+    for flag, key in (("lora_r", "r"), ("lora_alpha", "lora_alpha")):
+        own = field_of(str(source), settings, key, (int, float))
+        if flag in given and getattr(train_args, flag) != own:
+            raise UserError(f"--{flag} {getattr(train_args, flag)}: {source} has {own}; leave --{flag} out")
+        setattr(train_args, flag, own)
 
 
 def _settle_evaluation(parsed: list[Any], given: set[str]) -> None:

@@ -24,13 +24,18 @@ from llava.model.builder import (
     model_settings,
     tower_shape,
 )
-from llava.model.checkpoint import EMBEDDINGS, HEAD, State, read_connector
+from llava.model.checkpoint import read_connector
 from llava.model.decoder import why_not
-from llava.model.delta import Chain, Standing, lay_over, read_chain, saves_delta
+from llava.model.delta import Chain, Stage, Standing, lay_over, read_chain, saves_delta, with_adapter
+from llava.model.dialects import EMBEDDINGS, HEAD, State
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.post_block.builder import block_settings, fresh_block
+from llava.model.quantization import Quantization
 from llava.tokenization import load_tokenizer
 from llava.train.trainable import part_of
+
+# What of a config is the run's and not the model's.
+OF_THE_RUN = ("image_aspect_ratio", "tokenizer_model_max_length", "tokenizer_padding_side")
 
 
 @dataclass
@@ -51,6 +56,8 @@ class ModelPlan:
     seed: int
     tokenizer: PreTrainedTokenizerBase
     image_processor: Any
+    adapter: Stage | None = None  # --lora_weight_path: a LoRA on the chain that trains on
+    quantization: Quantization | None = None  # --bits
 
     @property
     def folder(self) -> Path:
@@ -62,18 +69,43 @@ class ModelPlan:
         """``--pretrain_mm_mlp_adapter``."""
         return self.chain.connector
 
-    def load(self) -> Any:
-        """The model with its weights; a second call gives the same model again."""
-        state = self.chain.state(self.dtype)
-        new = self._new_tensors(state)
-        state = lay_over(state, new)
-        model = self._assemble(self.config, state, self.chain.source)
+    def load(self, adapted: bool = True) -> Any:
+        """The model with its weights, but for a LoRA that trains on; a second call gives the same model again.
+
+        ``adapted`` False leaves out what was saved beside that LoRA, too.
+        """
+        state, new = self._start()
+        config = self.start_config()
+        if self.adapter is not None and adapted:
+            brought = self.adapter.tensors()
+            state, new, config = lay_over(state, brought), {**new, **brought}, self.config
+        model = self._assemble(config, state, self.chain.source)
         for name, parameter in model.named_parameters():
             # In full precision as it was saved: rounded first, what an earlier stage has moved it by would be lost.
             if part_of(name) in self.parts and name in state and not hasattr(parameter, "ds_id"):
                 parameter.data = state[name].float().clone()
         model.stands_on = Standing(frozenset(new), self.chain.card() if self.writes_delta else None)
         return model
+
+    def _start(self) -> tuple[State, State]:
+        """All weights but for what ``adapter`` brings, and those of them that no folder of the chain holds."""
+        state = self.chain.state()
+        new = self._new_tensors(state)
+        return lay_over(state, new), new
+
+    def start_state(self) -> State:
+        """Weights that the run starts from, without ``adapter``; the head is there also where it is tied."""
+        return _with_head(self._start()[0], self.start_config())
+
+    def start_config(self) -> dict[str, Any]:
+        """``config`` without what ``adapter`` brings."""
+        if self.adapter is None:
+            return self.config
+        if self.chain.blank:
+            return {**self.config, "post_block": None}
+        own = [key for key in self.config if key.startswith("mm_") and key != "mm_projector_type"]
+        own += [*OF_THE_RUN, *(["post_block"] if self.new_block else []), *(["tie_word_embeddings"] * self.untied)]
+        return {**self.chain.config(), **{key: self.config[key] for key in own}}
 
     def _new_tensors(self, state: State) -> State:
         """What neither the model nor its deltas hold."""
@@ -99,15 +131,12 @@ class ModelPlan:
             raise UserError(
                 f"--reference_from base: {root.newest} is a language model, which sees no pictures; pass start"
             )
-        ours = ("image_aspect_ratio", "tokenizer_model_max_length", "tokenizer_padding_side")
-        config = {**root.config(), **{key: self.config[key] for key in ours}}
+        config = {**root.config(), **{key: self.config[key] for key in OF_THE_RUN}}
         return {"mm_vision_config": self.config["mm_vision_config"], **config}
 
     def base_state(self) -> State:
         """Weights of the whole model at the root, without any delta; the head is there also where it is tied."""
-        state = self.chain.root().state(self.dtype)
-        tied = model_settings(self.base_config()).tie_word_embeddings
-        return {**state, HEAD: state[EMBEDDINGS]} if tied else state
+        return _with_head(self.chain.root().state(), self.base_config())
 
     def load_base(self) -> Any:
         """The whole model at the root, without any delta."""
@@ -115,7 +144,11 @@ class ModelPlan:
 
     def _assemble(self, config: dict[str, Any], state: State, source: Path) -> Any:
         options = {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
-        return assemble(config, state, source, self.dtype, self.tower, **options)
+        return assemble(config, state, source, self.dtype, self.tower, quantization=self.quantization, **options)
+
+
+def _with_head(state: State, config: dict[str, Any]) -> State:
+    return {**state, HEAD: state[EMBEDDINGS]} if model_settings(config).tie_word_embeddings else state
 
 
 def plan_model(model_args: Any, data_args: Any, train_args: Any, parts: set[str]) -> ModelPlan:
@@ -126,8 +159,11 @@ def plan_model(model_args: Any, data_args: Any, train_args: Any, parts: set[str]
     """
     name, cache = model_args.model_name_or_path, train_args.cache_dir
     chain = read_chain(name, "--model_name_or_path", cache)
-    _keep_apart(chain, Path(train_args.output_dir))
-    blank = chain.blank
+    whole = chain  # with an adapter that trains on
+    if train_args.lora_weight_path:
+        whole = with_adapter(chain, train_args.lora_weight_path, "--lora_weight_path")
+    _keep_apart(whole, Path(train_args.output_dir))
+    blank = whole.blank
     if blank:
         if not model_args.vision_tower:
             raise UserError(
@@ -135,12 +171,12 @@ def plan_model(model_args: Any, data_args: Any, train_args: Any, parts: set[str]
             )
         config, tower = blank_config(chain.newest, model_args, cache)
     else:
-        config, tower = _existing_config(chain, model_args, cache)
+        config, tower = _existing_config(whole, model_args, cache)
     chain.tower = tower
     if model_args.pretrain_mm_mlp_adapter is not None:
         chain.connector = existing(model_args.pretrain_mm_mlp_adapter, "--pretrain_mm_mlp_adapter")
-    new_block = _put_block(config, model_args, parts, chain.newest)
-    untied = _untie(config, parts, chain.newest)
+    new_block = _put_block(config, model_args, parts, whole.newest)
+    untied = _untie(config, parts, whole.newest)
 
     aspect = data_args.image_aspect_ratio or config.get("image_aspect_ratio") or "square"
     config.update(
@@ -151,8 +187,10 @@ def plan_model(model_args: Any, data_args: Any, train_args: Any, parts: set[str]
         freeze_mm_mlp_adapter="projector" not in parts,
         mm_projector_lr=train_args.mm_projector_lr,
     )
-    tokenizer_folder = chain.folder_with("tokenizer_config.json")
-    tokenizer = load_tokenizer(tokenizer_folder, model_max_length=train_args.model_max_length, padding_side="right")
+    tokenizer_folder = whole.folder_with("tokenizer_config.json")
+    tokenizer = load_tokenizer(
+        tokenizer_folder, config.get("vocab_size"), model_max_length=train_args.model_max_length, padding_side="right"
+    )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     # Weights that do not train may be as coarse as the arithmetic; DeepSpeed keeps float32 masters of its own.
@@ -171,11 +209,40 @@ def plan_model(model_args: Any, data_args: Any, train_args: Any, parts: set[str]
         attn_implementation=model_args.attn_implementation,
         seed=train_args.seed,
         tokenizer=tokenizer,
-        image_processor=load_image_processor(*chain.folders, tower),
+        image_processor=load_image_processor(*whole.folders, tower),
+        adapter=whole.stages[-1] if whole is not chain else None,
+        quantization=_quantization(train_args, parts),
     )
     if getattr(train_args, "reference_from", None) == "base":
         plan.base_config()  # refused here where there is none
+    own_connector = hasattr(train_args, "reference") and not train_args.hadpo_compat
+    if own_connector and whole is not chain and chain.blank and chain.connector is None:
+        raise UserError(
+            f"--lora_weight_path: the reference would be {chain.newest} without the adapter, a language model, which "
+            "sees no pictures; pass --pretrain_mm_mlp_adapter, or make a whole model of both first: "
+            "python -m llava.model.export"
+        )
     return plan
+
+
+def _quantization(train_args: Any, parts: set[str]) -> Quantization | None:
+    """``--bits``.
+
+    Raises:
+        UserError: a part trains with which the whole model would be saved.
+    """
+    bits = train_args.bits
+    if bits == 16:
+        return None
+    whole = " and ".join(sorted(parts & {"backbone", "vision_tower"}))
+    if whole:
+        raise UserError(
+            f"--bits {bits}: {whole} would train, but what is quantized stays frozen and is not saved; pass "
+            "--lora_enable True, or choose with --tune: lora, projector, post_block, lm_head"
+        )
+    return Quantization(
+        bits, train_args.compute_dtype, train_args.device, train_args.quant_type, train_args.double_quant
+    )
 
 
 def _keep_apart(chain: Chain, output_dir: Path) -> None:

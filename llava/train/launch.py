@@ -78,6 +78,8 @@ def quiet() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     disable_progress_bar()  # "Loading weights": a line per file and rank in a queued job's log
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # A hub kernel that nobody asked for and is not installed; a cast for every product of 8 bits.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers fork after the tokenizer was used
     warnings.filterwarnings("ignore", category=FutureWarning)

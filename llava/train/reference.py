@@ -3,7 +3,11 @@
 Whatever is frozen is shared with the policy. With LoRA the reference is the policy with its adapter off; a connector
 or head that trains too is kept as a copy (some 40 MB) and put in its place for the reference's forward. Only where the
 backbone itself trains is a whole second model needed, and not even there when the log-probabilities are computed before
-the first step (``FirstPolicy``). (HA-DPO keeps one always, and feeds it the policy's connector.)
+the first step (``FirstPolicy``). HA-DPO keeps one always, and feeds it the policy's connector: so does
+``--hadpo_compat``, where the connector is shared though it trains.
+
+Where the run goes on with a LoRA (``--lora_weight_path``), the reference is what is below: the LoRA off, and the parts
+that were saved beside it in the state below.
 
 With ``--reference_from base`` the starting value is that of the whole model on which the policy's deltas stand: their
 tensors are put in place in the same way; mostly there is no post block then.
@@ -25,6 +29,7 @@ from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.post_block.builder import build_post_block
 
 AS_LOADED = "the policy as it was loaded"
+WITHOUT_ADAPTER = "the policy as it was loaded, without --lora_weight_path"
 ITS_BASE = "the whole model that the policy's deltas stand on"
 
 # A part's place in the model, and an empty module of its shape.
@@ -39,12 +44,12 @@ class SharedReference:
     """The policy with its adapter off (where that differs) and other modules in the place of those that differ.
 
     ``differs`` are the parts in which it is, or will be, another than the policy. Their values are the policy's now, or
-    those of ``base``, which may have no post block.
+    those of ``base``, which may have no post block. ``what`` says it in words.
     """
 
-    def __init__(self, policy: nn.Module, differs: set[str], base: State | None = None) -> None:
+    def __init__(self, policy: nn.Module, differs: set[str], base: State | None = None, what: str = AS_LOADED) -> None:
         self.differs = differs
-        self.what = AS_LOADED if base is None else ITS_BASE
+        self.what = what
         inner = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
         self.has_adapter = "lora" in differs
         self.kept: list[tuple[nn.Module, str, nn.Module | None]] = []
@@ -145,24 +150,29 @@ Reference = SharedReference | FirstPolicy | CopiedReference
 
 
 def choose_reference(
-    policy: nn.Module, parts: set[str], plan: Any, kind: str = "auto", source: str = "start"
+    policy: nn.Module, parts: set[str], plan: Any, kind: str = "auto", source: str = "start", hadpo_compat: bool = False
 ) -> Reference:
     """``--reference``: the cheapest one for ``parts`` that train (auto), or a whole second model (copy).
 
     With ``cache`` it is asked before the first step only. ``source`` is ``--reference_from``. ``plan`` loads again
     where a second model is needed.
     """
-    from_base = source == "base"
-    differs = parts | plan.chain.changed if from_base else set(parts)
+    from_base, below = source == "base", plan.adapter is not None
+    differs = parts | (plan.adapter.parts() if below else set()) | (plan.chain.changed if from_base else set())
+    what = ITS_BASE if from_base else WITHOUT_ADAPTER if below else AS_LOADED
+    if hadpo_compat:
+        differs -= {"projector"}
+        what += ", but seeing through the policy's connector"
     # An adapter that trains is switched off; one that the chain folded in cannot be.
     shareable = set(KEPT) | ({"lora"} - plan.chain.changed if from_base else {"lora"})
     if kind != "copy" and differs <= shareable:
-        return SharedReference(policy, differs, plan.base_state() if from_base else None)
-    if kind == "cache" and not from_base:
+        base = None
+        if differs & set(KEPT):
+            base = plan.base_state() if from_base else plan.start_state() if below else None
+        return SharedReference(policy, differs, base, what)
+    if kind == "cache" and not (from_base or below):
         return FirstPolicy(differs)
-    if from_base:
-        return CopiedReference(plan.load_base(), differs, ITS_BASE)
-    return CopiedReference(plan.load(), differs, AS_LOADED)
+    return CopiedReference(plan.load_base() if from_base else plan.load(adapted=False), differs, what)
 
 
 def carried_over(reference: Reference, scores: LabelScores) -> dict[str, torch.Tensor]:

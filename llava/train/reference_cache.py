@@ -43,11 +43,12 @@ DECIDING = (
 def reference_key(plan: Any, version: str, kind: str = "start") -> dict[str, str]:
     """What a reference is, in words that a message can name; weights by content, wherever they lie.
 
-    ``kind`` is ``--reference_from``: the model as the run loads it (start), or the root of its deltas (base).
+    ``kind`` is ``--reference_from``: the model as the run loads it, without an adapter that trains on (start), or the
+    root of its deltas (base).
     """
     from_base = kind == "base"
     chain = plan.chain.root() if from_base else plan.chain
-    settings = plan.base_config() if from_base else plan.config
+    settings = plan.base_config() if from_base else plan.start_config()
     config = {name: settings.get(name) for name in DECIDING}
     if plan.new_block:
         config["post_block"] = None  # it changes nothing yet
@@ -58,7 +59,7 @@ def reference_key(plan: Any, version: str, kind: str = "start") -> dict[str, str
         "config": _digest(config),
         "image_processor": _digest({k: v for k, v in pictures.items() if not k.startswith("_")}),
         "template": version,
-        "dtype": f"{plan.compute_dtype}, weights {plan.dtype}",
+        "dtype": f"{plan.compute_dtype}, weights {plan.quantization.label if plan.quantization else plan.dtype}",
         "seed": str(plan.seed) if plan.blank and not plan.connector and not from_base else "-",  # of a new connector
     }
 

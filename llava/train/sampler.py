@@ -1,12 +1,16 @@
-"""Orders of the training data: batches of like kind and length, or of few pictures."""
+"""Orders of the training data: batches of like kind and length, of few pictures, or those of upstream's runs."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+
+from llava.errors import UserError
 
 
 class ModalityLengthSampler(Sampler[int]):
@@ -92,3 +96,56 @@ class ImageSampler(Sampler[int]):
         for index in torch.randperm(len(full), generator=draw).tolist():
             yield from full[index]
         yield from last
+
+
+class UpstreamSampler(Sampler[int]):
+    """The order in which LLaVA's and HA-DPO's runs see their data: torch's ``RandomSampler`` under transformers 4.31 to
+    4.37 and accelerate 0.21 and 0.22 (as their sources say), which deal out batches to the processes as today's do.
+
+    One process: of the numbers that torch's generator gives after ``seed``, every epoch uses two; the first is the data
+    loader's, the second seeds a permutation. Several processes: accelerate makes a generator with torch's own default
+    seed, whatever ``seed`` is; every epoch draws two permutations from it and uses the first.
+
+    ``seen`` indices are given out of ``length`` (``samples_of_whole_steps``).
+    """
+
+    def __init__(self, length: int, seen: int, processes: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.length = length
+        self.seen = seen
+        self.processes = processes
+        self.seed = seed
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.seen
+
+    def __iter__(self) -> Iterator[int]:
+        if self.processes == 1:
+            draw = torch.Generator().manual_seed(self.seed)
+            numbers = [torch.empty((), dtype=torch.int64).random_(generator=draw) for _ in range(2 * self.epoch() + 2)]
+            draw = torch.Generator().manual_seed(int(numbers[-1]))
+        else:
+            draw = torch.Generator()
+            for _ in range(2 * self.epoch()):
+                torch.randperm(self.length, generator=draw)
+        yield from torch.randperm(self.length, generator=draw).tolist()[: self.seen]
+
+
+def samples_of_whole_steps(length: int, args: Any) -> int:
+    """How many of ``length`` samples upstream's Trainer sees in an epoch: its steps are whole ones.
+
+    Raises:
+        UserError: batches are left over at the end of an epoch that is not the last; what upstream does with them
+            depends on its engine, and is not reproduced.
+    """
+    batches = math.ceil(math.ceil(length / args.train_batch_size) / args.world_size)  # of every process
+    steps, left = divmod(batches, args.gradient_accumulation_steps)
+    wanted = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps)
+    if left and (not steps or wanted > steps):
+        raise UserError(
+            f"--upstream_order and --hadpo_compat: {batches} batches an epoch are no multiple of "
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps}, and what upstream does with those left "
+            "over is not reproduced; choose --per_device_train_batch_size and --gradient_accumulation_steps so that "
+            "none are, or train one epoch"
+        )
+    return min(length, steps * args.gradient_accumulation_steps * args.world_size * args.train_batch_size)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from llava.errors import UserError, note
-from llava.model.builder import LORA_EXCLUDED
+from llava.model.builder import LORA_EXCLUDED, load_adapter
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.quantization import full_size
 
 # The order in which they are printed. "backbone" is the decoder with its embeddings, without the head.
 PARTS = ("projector", "lora", "backbone", "post_block", "lm_head", "vision_tower")
@@ -125,7 +127,25 @@ def choose_parts(model_args: Any, train_args: Any) -> set[str]:
         )
     if not parts:
         raise UserError("nothing is left to train: what the flags choose is frozen by others, or has learning rate 0")
+    if train_args.lora_weight_path and "lora" not in parts:
+        raise UserError("--lora_weight_path: no LoRA trains; add --lora_enable True")
+    if getattr(train_args, "hadpo_compat", False):
+        _check_hadpo(parts, train_args)
     return parts
+
+
+def _check_hadpo(parts: set[str], train_args: Any) -> None:
+    """Refuse what ``--hadpo_compat`` cannot mean."""
+    if "lora" not in parts or parts - {"lora", "projector"}:
+        raise UserError(
+            f"--hadpo_compat True: {', '.join(sorted(parts))} would train, but HA-DPO saves nothing unless a LoRA "
+            "(and at most the connector beside it) trains; pass --lora_enable True, or leave --hadpo_compat out"
+        )
+    if train_args.reference != "auto" and ("projector" in parts or train_args.lora_weight_path):
+        raise UserError(
+            f"--reference {train_args.reference}: with --hadpo_compat True the reference sees the policy's connector "
+            "at every step; pass auto"
+        )
 
 
 def _listed(tune: str) -> set[str]:
@@ -160,6 +180,23 @@ def add_lora(model: nn.Module, train_args: Any) -> nn.Module:
     return get_peft_model(model, config)
 
 
+def put_lora(model: nn.Module, train_args: Any) -> nn.Module:
+    """A new LoRA, or that of ``--lora_weight_path``; dropout is ``--lora_dropout``, whatever it was trained with."""
+    if train_args.lora_weight_path is None:
+        return add_lora(model, train_args)
+    from peft.tuners.lora import LoraLayer
+
+    model = load_adapter(model, Path(train_args.lora_weight_path), trainable=True)
+    rate = train_args.lora_dropout
+    for settings in model.peft_config.values():
+        settings.lora_dropout = rate
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name in module.lora_dropout:
+                module.lora_dropout[name] = nn.Dropout(rate) if rate else nn.Identity()
+    return model
+
+
 def switch_on(model: nn.Module, parts: Iterable[str]) -> None:
     """Let exactly ``parts`` train.
 
@@ -190,7 +227,7 @@ def table(model: nn.Module, train_args: Any) -> str:
     trained: dict[str, int] = dict.fromkeys(PARTS, 0)
     rates: dict[str, set[float]] = {part: set() for part in PARTS}
     for name, parameter in model.named_parameters():
-        size = getattr(parameter, "ds_numel", parameter.numel())
+        size = full_size(parameter)
         part = part_of(name)
         total[part] += size
         if parameter.requires_grad:

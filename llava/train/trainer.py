@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ from llava.run_card import RunCard
 from llava.train.caches import FillCaches, fill_features, fill_reference
 from llava.train.effect import report
 from llava.train.hidden_cache import HiddenCache, fill_hidden
-from llava.train.losses import dpo_loss
+from llava.train.losses import Pairs, preference_loss
 from llava.train.reference import Reference, SharedReference, carried_over
 from llava.train.reference_cache import ReferenceCache
-from llava.train.sampler import ImageSampler, ModalityLengthSampler
+from llava.train.sampler import ImageSampler, ModalityLengthSampler, UpstreamSampler, samples_of_whole_steps
 from llava.train.saving import load_trained, save_checkpoint
 from llava.train.trainable import rate_of
 
@@ -108,6 +108,9 @@ class LlavaTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if self.args.upstream_order:
+            seen = samples_of_whole_steps(len(dataset), self.args)
+            return UpstreamSampler(len(dataset), seen, self.args.world_size, *self._seed_and_epoch())
         if not self.args.group_by_modality_length:
             return super()._get_train_sampler(dataset)
         megabatch = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
@@ -207,11 +210,15 @@ class DPOTrainer(LlavaTrainer):
         *args: Any,
         reference: Reference,
         beta: float,
+        loss_type: Sequence[str] = ("sigmoid",),
+        loss_weights: Sequence[float] | None = None,
+        label_smoothing: float = 0.0,
         cache: ReferenceCache | None = None,
         aux_weight: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.loss_type, self.loss_weights, self.label_smoothing = loss_type, loss_weights, label_smoothing
         self.aux_weight = aux_weight
         self.reference = reference
         if cache is not None:
@@ -233,10 +240,15 @@ class DPOTrainer(LlavaTrainer):
         reference_chosen, reference_rejected = (
             self._ask_reference(model, inputs, scores) if known is None else known
         ).chunk(2)
-        loss = dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, self.beta)
+        chosen_count, rejected_count = scores.counts[:paired].chunk(2)
+        logps = (policy_chosen, policy_rejected, reference_chosen, reference_rejected)
+        loss = preference_loss(
+            Pairs(*logps, chosen_count, rejected_count, self.beta, self.label_smoothing),
+            self.loss_type,
+            self.loss_weights,
+        )
         # --------------------------------------------------------------------------------------------------
         chosen_sum, rejected_sum = scores.row_sums(scores.mean_logits)[:paired].chunk(2)
-        chosen_count, rejected_count = scores.counts[:paired].chunk(2)
         margins = loss.chosen_rewards - loss.rejected_rewards
         pairs = torch.ones_like(margins)
         self._add(
@@ -250,14 +262,15 @@ class DPOTrainer(LlavaTrainer):
                 "logps/rejected": (policy_rejected.detach(), pairs),
                 "logits/chosen": (chosen_sum, chosen_count),
                 "logits/rejected": (rejected_sum, rejected_count),
+                **({f"loss/{name}": term for name, term in loss.terms.items()} if len(loss.terms) > 1 else {}),
             },
         )
-        mean = loss.losses.mean()
+        total = loss.loss
         if "aux_rows" in inputs:
             of_aux = scores.logps[scores.rows >= paired]
             self._add("train", {"aux_loss": (-of_aux.detach(), torch.ones_like(of_aux))})
-            mean = mean + self.aux_weight * mean_loss(of_aux)
-        return (mean, policy) if return_outputs else mean
+            total = total + self.aux_weight * mean_loss(of_aux)
+        return (total, policy) if return_outputs else total
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """On the device; DeepSpeed casts what is floating, but half precision would round log-probabilities to 1/2."""
