@@ -22,6 +22,7 @@ PACKAGES = (
     "transformers",
     "accelerate",
     "deepspeed",
+    "bitsandbytes",
     "peft",
     "tokenizers",
     "sentencepiece",

@@ -22,6 +22,7 @@ import pope_eval  # noqa: E402
 from llava.data.preferences import read_desc_pairs, read_own_pairs, read_pope_pairs  # noqa: E402
 from llava.data.supervision import fill_template  # noqa: E402
 from llava.eval.pope import Confusion, table_header  # noqa: E402
+from llava.model import export  # noqa: E402
 from llava.train import arguments  # noqa: E402
 from llava.train.trainable import choose_parts  # noqa: E402
 
@@ -33,7 +34,7 @@ TRAINING = {
     "train_pretrain.py": (MODEL, arguments.CaptionArguments, arguments.PretrainTrainingArguments),
     "train_dpo.py": (MODEL, arguments.PreferenceArguments, arguments.DPOTrainingArguments),
 }
-EVALUATION = {"pope_eval.py": pope_eval, "evaluate_pope.py": evaluate_pope}
+OTHERS = {"pope_eval.py": pope_eval, "evaluate_pope.py": evaluate_pope, "llava/model/export.py": export}
 
 # What stands before a script, with the options that take one value each.
 LAUNCHERS = {
@@ -61,8 +62,11 @@ def commands(readme: Path) -> list[list[str]]:
 
 
 def split_launcher(words: list[str]) -> tuple[str, list[str]]:
-    """A command that runs a script -> the script and its arguments; unknown launcher options fail."""
+    """A command that runs a script, or ``python -m`` a module of ours, -> its file and arguments; unknown launcher
+    options fail."""
     launcher, rest = words[0], words[1:]
+    if launcher == "python" and rest[0] == "-m":
+        return rest[1].replace(".", "/") + ".py", rest[2:]
     while rest and rest[0].startswith("-"):
         assert rest[0] in LAUNCHERS[launcher], f"{launcher} {rest[0]}: unknown option"
         rest = rest[2:]
@@ -125,7 +129,7 @@ def test_command_parses(
             assert choose_parts(model_args, train_args)
         else:
             monkeypatch.setattr(sys, "argv", [script, *argv])
-            EVALUATION[script].parse_args()
+            OTHERS[script].parse_args()
 
 
 def test_hadpo_command_does_what_it_says(
@@ -151,7 +155,7 @@ def test_flags_named_in_the_text_exist(capsys: pytest.CaptureFixture, monkeypatc
     for classes in TRAINING.values():
         parser = arguments.HfArgumentParser(classes)
         known |= {option for action in parser._actions for option in action.option_strings}
-    for name, script in EVALUATION.items():
+    for name, script in OTHERS.items():
         monkeypatch.setattr(sys, "argv", [name, "--help"])
         with pytest.raises(SystemExit):
             script.parse_args()
