@@ -18,6 +18,15 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def scripts_return():
+    """A script that ends its process where it was in a group (``leave_world``) would end the tests, and they would
+    look as if all had passed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llava.errors.leave_world", lambda: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     return GOLDEN

@@ -609,8 +609,9 @@ def test_names_of_no_known_format(golden, released, tmp_path):
 
 
 def test_quantized_weights(golden, tmp_path):
-    quantized = {**json.loads((golden / "tiny-llava-original" / "config.json").read_text())}
-    write(tmp_path / "config.json", {**quantized, "quantization_config": {"quant_method": "awq"}})
+    config = json.loads((golden / "tiny-llava-original" / "config.json").read_text())
+    write(tmp_path / "config.json", {**config, "quantization_config": {"quant_method": "awq"}})
+    (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match=r"quantized \(awq\)"):
         load_pretrained_model(str(tmp_path), None)
 

@@ -132,17 +132,17 @@ def test_command_parses(
             OTHERS[script].parse_args()
 
 
-def test_hadpo_command_does_what_it_says(
+def test_hadpo_commands_do_what_they_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean_environment: None
 ) -> None:
-    (words,) = [words for words in commands(ENGLISH) if {"--desc_data_path", "--lora_enable"} <= set(words)]
-    script, argv = split_launcher(words)
     monkeypatch.chdir(tmp_path)
-    model_args, data_args, train_args = parse_training(script, argv, tmp_path)
-    assert choose_parts(model_args, train_args) == {"lora"}
-    assert (train_args.beta, train_args.learning_rate, train_args.warmup_steps) == (0.1, 2e-6, 0)
-    assert (train_args.weight_decay, train_args.lora_dropout) == (0.0, 0.0)
-    assert (model_args.version, data_args.image_aspect_ratio) == ("v1", "pad")
+    ours, repeated = [words for words in commands(ENGLISH) if {"--desc_data_path", "--lora_enable"} <= set(words)]
+    for words, parts, warmup in ((ours, {"lora"}, 0), (repeated, {"lora", "projector"}, 0.03)):
+        model_args, data_args, train_args = parse_training(*split_launcher(words), tmp_path)
+        assert choose_parts(model_args, train_args) == parts
+        assert (train_args.beta, train_args.learning_rate, train_args.warmup_steps) == (0.1, 2e-6, warmup)
+        assert (train_args.weight_decay, train_args.lora_dropout) == (0.0, 0.0)
+        assert (model_args.version, data_args.image_aspect_ratio) == ("v1", "pad")
 
 
 def test_every_script_has_a_command() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from itertools import pairwise
@@ -14,11 +15,13 @@ import torch
 from conftest import GOLDEN
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_docs import blocks
 from test_model import BATCHES, inputs_of
 from test_tokenization import folder_with
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, conv_templates, template
+from llava.eval.answer import Answerer, Question
 from llava.mm_utils import tokenizer_image_token
 from llava.model import export
 from llava.model.builder import LORA_EXCLUDED, load_pretrained_model
@@ -120,6 +123,21 @@ def check_answers(folder, questions):
         if not any(a < 259 and b < 259 and min(a, b) < 131 for a, b in pairwise(new)):
             assert processor.decode(new, skip_special_tokens=True).strip() == question["decoded_strip"]
     return model
+
+
+def test_the_readmes_example_answers_as_we_do(huggingface, loaded, tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = [code for code in blocks(readme, "python") if "AutoProcessor" in code]
+    (folder,) = set(re.findall(r'from_pretrained\("([^"]+)"', code))
+    (tmp_path / folder).parent.mkdir()
+    (tmp_path / folder).symlink_to(huggingface)
+    monkeypatch.chdir(tmp_path)
+    photo = GOLDEN / "images" / "a_wide_97x41.png"
+    exec(code, {"picture": Image.open(photo)})
+    tokenizer, model, image_processor = loaded
+    answerer = Answerer(model, tokenizer, image_processor, template("llava_v1"), max_new_tokens=64)
+    (answer,) = answerer.answer([Question(str(photo), "Is there a dog in the image?", "here")])
+    assert capsys.readouterr().out.strip() == answer.strip()
 
 
 def with_features(ids):

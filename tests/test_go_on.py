@@ -62,6 +62,16 @@ def test_a_new_run_goes_on_with_the_loss_the_old_one_would_have_had(train, saved
         assert losses_of(new)[0] == pytest.approx(third, abs=1e-5)
 
 
+@pytest.mark.parametrize("to", ["hf", "original"])
+def test_a_new_run_goes_on_from_an_export(train, run_script, tmp_path, to):
+    """With the LoRA folded in and the connector in its place."""
+    folder = train(PRETRAIN, "whole", 3, "--train_type", "use_lora", *LORA)
+    out = tmp_path / "export"
+    succeed(run_script("llava.model.export", "--to", to, "--model-path", folder / "checkpoint-2", "--out", out))
+    new = train(PRETRAIN, "new", 1, "--train_type", "use_lora", *LORA, ON, out)
+    assert losses_of(new)[0] == pytest.approx(losses_of(folder)[2], abs=1e-5)
+
+
 # --- --lora_weight_path
 
 

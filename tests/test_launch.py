@@ -139,6 +139,7 @@ def test_two_processes_compute_what_one_does(golden, tmp_path, alone, name, laun
     assert ("DeepSpeedEngine" in engine) is (name != "torchrun")
 
 
+@pytest.mark.slow
 def test_best_checkpoint_held_out_pairs_and_resuming_on_two_processes(golden, tmp_path, alone):
     """Three held-out pairs on two ranks: the fourth place of the last batch must not be counted."""
     rows = [
@@ -196,6 +197,7 @@ def test_a_whole_model_trains_under_zero3_with_a_partitioned_reference(golden, t
     assert max((got[key] - want[key]).abs().max().item() for key in want) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_reference_and_features_are_kept_under_zero3(golden, tmp_path, alone):
     """Partitioned weights, both ranks filling the caches, and every parameter but the tower's training."""
     flags = SMALL.format(golden=golden, out=tmp_path / "kept", batch=2).replace("--lora_enable True", "").split()
@@ -223,7 +225,11 @@ def test_deepspeed_needs_no_launcher(golden, tmp_path):
     ("launcher", "extra"),
     [
         (["torchrun", "--nproc_per_node", 2, "--master_port", 29877], ["--gradient_checkpointing", "True"]),
-        (["deepspeed", "--num_gpus", 2, "--master_port", 29878], ["--deepspeed", "zero_configs/zero3.json"]),
+        pytest.param(
+            ["deepspeed", "--num_gpus", 2, "--master_port", 29878],
+            ["--deepspeed", "zero_configs/zero3.json"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_text_only_rows_on_one_rank_and_pictures_on_the_other(golden, tmp_path, launcher, extra):

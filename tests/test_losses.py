@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from llava.data.collate import Collator, Example, PreferenceExample
 from llava.train.losses import Pairs, preference_loss
-from llava.train.reference import SharedReference
+from llava.train.reference import SharedReference, choose_reference
 from llava.train.trainable import add_lora, switch_on
 
 
@@ -37,7 +38,8 @@ def policy(golden):
 @pytest.fixture(scope="module")
 def references(golden, policy):
     """Ours (its own connector), and HA-DPO's (the policy's); then the policy is perturbed as recorded."""
-    ours, upstreams = SharedReference(policy, {"lora", "projector"}), SharedReference(policy, {"lora"})
+    parts, plan = {"lora", "projector"}, SimpleNamespace(adapter=None)
+    ours, upstreams = (choose_reference(policy, parts, plan, hadpo_compat=compat) for compat in (False, True))
     switch_on(policy, {"lora", "projector"})
     names = dict(policy.named_parameters())
     for key, value in load_file(golden / "dpo" / "policy_trainable_perturbed.safetensors").items():
@@ -74,11 +76,13 @@ def sigmoid_loss(policy_chosen, policy_rejected, reference_chosen, reference_rej
     )
 
 
+SIDES = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
+
+
 @pytest.mark.parametrize("beta", ["0.01", "0.1", "0.5", "1.0"])
 def test_loss_and_rewards_are_ha_dpos(dpo, beta):
     run, want = dpo["batch_unique8"], dpo["beta_sweep_unique8"][beta]
-    names = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
-    got = sigmoid_loss(*(torch.tensor(run[f"{name}_logps"]) for name in names), beta=float(beta))
+    got = sigmoid_loss(*(torch.tensor(run[f"{side}_logps"]) for side in SIDES), beta=float(beta))
     torch.testing.assert_close(got.terms["sigmoid"][0], torch.tensor(want["losses"]), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(got.chosen_rewards, torch.tensor(want["chosen_rewards"]), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(got.rejected_rewards, torch.tensor(want["rejected_rewards"]), atol=1e-6, rtol=1e-6)
@@ -89,24 +93,35 @@ def test_equal_models_lose_log_two():
     assert sigmoid_loss(logps, logps - 5, logps, logps - 5, beta=0.1).loss.item() == pytest.approx(math.log(2))
 
 
+def equal(found, recorded):
+    """Log-probabilities of answers to 1e-5 of each."""
+    torch.testing.assert_close(found.double(), torch.tensor(recorded).double(), atol=0, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["batch_unique8", "batch_0_4", "batch_4_8", "batch_single_5", "batch_all12"])
-def test_log_probabilities_of_policy_and_reference_are_recorded(golden, dpo, policy, references, name):
+def test_every_recorded_batch(golden, dpo, policy, references, name):
     run, batch = dpo[name], recorded_batch(golden, dpo, name)
     ours, upstreams = references
     with torch.no_grad():
-        chosen, rejected = logps(policy, batch)
-    torch.testing.assert_close(chosen, torch.tensor(run["policy_chosen_logps"]), atol=1e-3, rtol=1e-6)
-    torch.testing.assert_close(rejected, torch.tensor(run["policy_rejected_logps"]), atol=1e-3, rtol=1e-6)
+        of_policy = logps(policy, batch)
     with upstreams.forward_of(policy) as model:
-        chosen, rejected = logps(model, batch)
-    torch.testing.assert_close(chosen, torch.tensor(run["reference_chosen_logps"]), atol=1e-3, rtol=1e-6)
-    torch.testing.assert_close(rejected, torch.tensor(run["reference_rejected_logps"]), atol=1e-3, rtol=1e-6)
+        of_reference = logps(model, batch)
+    for found, side in zip((*of_policy, *of_reference), SIDES, strict=True):
+        equal(found, run[f"{side}_logps"])
+    got = sigmoid_loss(*of_policy, *of_reference, beta=0.1)
+    for found, recorded in (
+        (got.terms["sigmoid"][0], run["losses"]),
+        (got.loss, run["loss"]),
+        (got.chosen_rewards, run["chosen_rewards"]),
+        (got.rejected_rewards, run["rejected_rewards"]),
+    ):
+        torch.testing.assert_close(found.double(), torch.tensor(recorded).double(), atol=1e-4, rtol=0)
     if "NOT_UPSTREAM_reference_with_own_projector" in run:
         want = run["NOT_UPSTREAM_reference_with_own_projector"]
         with ours.forward_of(policy) as model:
             chosen, rejected = logps(model, batch)
-        torch.testing.assert_close(chosen, torch.tensor(want["chosen"]), atol=1e-3, rtol=1e-6)
-        torch.testing.assert_close(rejected, torch.tensor(want["rejected"]), atol=1e-3, rtol=1e-6)
+        equal(chosen, want["chosen"])
+        equal(rejected, want["rejected"])
 
 
 def test_gradients_are_ha_dpos(golden, dpo, policy, references):

@@ -270,6 +270,7 @@ def farthest(one, two):
     return max((one[key] - two[key]).abs().max().item() for key in one)
 
 
+@pytest.mark.slow
 def test_under_zero3_on_two_processes_as_on_one(golden, tmp_path):
     """Losses, what the run says of its block, and what it saves."""
     one, two = tmp_path / "one", tmp_path / "two"
