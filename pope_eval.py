@@ -73,11 +73,11 @@ def main() -> None:
 
     import torch
 
+    from llava.command_line import quiet
     from llava.eval.answer import Answerer, default_batch_size
     from llava.eval.pope import table_header, table_row
     from llava.model.builder import load_pretrained_model
     from llava.run_card import RunCard
-    from llava.train.launch import quiet
 
     quiet()
     world = join_world()

@@ -11,13 +11,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from demo.data import description_question, read_scenes
+from llava.command_line import quiet
 from llava.conversation import conv_templates
 from llava.errors import command_line
 from llava.eval.answer import Answerer, Question
 from llava.eval.answer_files import AnswerFile
 from llava.eval.pope_run import MIN_INTERVAL, model_key
 from llava.model.builder import load_pretrained_model
-from llava.train.launch import quiet
 
 BATCH = 20
 

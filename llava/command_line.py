@@ -1,9 +1,12 @@
-"""Command lines whose mistakes are one line."""
+"""Command lines whose mistakes are one line, and whose libraries are quiet."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import logging
+import os
+import warnings
 from typing import NoReturn
 
 from llava.errors import UserError
@@ -36,3 +39,20 @@ def refuse_unknown(parser: argparse.ArgumentParser, rest: list[str]) -> None:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else "; --help lists the flags"
     raise UserError(f"unknown flag {name}{hint}" if name.startswith("-") else f"unexpected argument '{name}'{hint}")
+
+
+def quiet() -> None:
+    """Messages of libraries that say nothing a user could act on. It imports torch and transformers."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found none
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    disable_progress_bar()  # "Loading weights": a line per file and rank in a queued job's log
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # A hub kernel that nobody asked for and is not installed; a cast for every product of 8 bits.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers fork after the tokenizer was used
+    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -12,10 +12,8 @@ that ``--to hf`` was given.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import shutil
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +24,8 @@ from huggingface_hub import snapshot_download, split_torch_state_dict_into_shard
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import LlamaConfig, PreTrainedTokenizerBase, Qwen2Config
-from transformers.utils.logging import disable_progress_bar
 
-from llava.command_line import OneLineParser
+from llava.command_line import OneLineParser, quiet
 from llava.conversation import template
 from llava.errors import UserError, command_line, note
 from llava.files import atomic_folder, read_object, write_json
@@ -344,10 +341,7 @@ def main() -> None:
     args = parse_args()
     _check_flags(args)
     out = free_folder(args.out)
-    for library in ("transformers", "bitsandbytes"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    disable_progress_bar()
+    quiet()
     chain = read_chain(args.model_path, "--model-path", args.cache_dir, args.model_base)
     if args.to == "hf":
         refuse_inexpressible(chain.config(), f"--model-path {args.model_path}")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import logging
 import os
 import socket
 import sys
-import warnings
 
 import torch
-from transformers.utils.logging import disable_progress_bar
+
+from llava.command_line import quiet
 
 
 def prepare_processes(argv: list[str] | None = None) -> None:
@@ -69,17 +68,3 @@ def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
-
-
-def quiet() -> None:
-    """Messages of libraries that say nothing a user could act on."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found none
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    disable_progress_bar()  # "Loading weights": a line per file and rank in a queued job's log
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # A hub kernel that nobody asked for and is not installed; a cast for every product of 8 bits.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers fork after the tokenizer was used
-    warnings.filterwarnings("ignore", category=FutureWarning)
