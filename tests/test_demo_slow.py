@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -115,3 +116,30 @@ def test_forty_steps_with_default_rates_show(whole, tmp_path):
     )
     effect = read_json(tmp_path / "run.json")["effect"]
     assert effect["changed"] > 0.01 * effect["answers"] > 0
+
+
+def test_plain_transformers_answers_like_pope_eval(whole, tmp_path):
+    """What the demo has trained, exported: every ninth question of *adversarial*, one at a time."""
+    from PIL import Image
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    folder, _ = whole
+    source = ("--model-path", folder / "llava-ha-dpo")
+    finished(start("-m", "llava.model.export", "--to", "hf", *source, "--out", tmp_path))
+    processor = AutoProcessor.from_pretrained(tmp_path, backend="pil")
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    questions = {row["question_id"]: row for row in read_lines(folder / "world/pope/coco_pope_adversarial.json")}
+    answers = read_lines(folder / "pope-ha-dpo/pope_adversarial.jsonl")[::9]
+    assert len(answers) > 100
+    for answer in answers:
+        question = questions[answer["question_id"]]
+        content = [{"type": "image"}, {"type": "text", "text": question["text"]}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        picture = Image.open(folder / "world/coco/val2014" / question["image"])
+        inputs = processor(images=picture, text=prompt, return_tensors="pt")
+        new = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
+        assert processor.decode(new, skip_special_tokens=True).strip() == answer["answer"].removesuffix("</s>").strip()
+
+
+def read_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
