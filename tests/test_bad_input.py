@@ -343,6 +343,9 @@ REFUSED_FLAGS = [
     ({"image_aspect_ratio": "anyres"}, ["--image_aspect_ratio anyres", "expected pad or square"]),
     ({"mm_vision_select_feature": "cls"}, ["--mm_vision_select_feature cls", "expected patch or cls_patch"]),
     ({"lora_r": 0}, ["--lora_r 0", "expected 1 or more"]),
+    ({"learning_rate": "nan"}, ["--learning_rate nan", "expected 0 or more"]),
+    ({"lm_head_lr": -1}, ["--lm_head_lr -1.0", "expected 0 or more"]),
+    ({"data_seed": 7, "upstream_order": True}, ["--data_seed", "--seed decides the order"]),
     ({"lora_bias": "all"}, ["--lora_bias all", "none"]),
     ({"remove_unused_columns": True}, ["--remove_unused_columns True"]),
     ({"fsdp": "full_shard"}, ["--fsdp", "--deepspeed zero_configs/zero3.json"]),
@@ -361,6 +364,7 @@ def test_flags_that_cannot_be_honoured(train, refused, flags, parts):
     ("flags", "parts"),
     [
         ({"beta": 0}, ["--beta 0", "expected a positive number"]),
+        ({"beta": "nan"}, ["--beta nan", "expected a positive number"]),
         ({"max_prompt_length": 512}, ["--max_prompt_length", "--model_max_length"]),
         ({"max_length": 1024}, ["--max_length", "--model_max_length"]),
     ],

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import logs_of, losses_of, succeed
+from conftest import GOLDEN, logs_of, losses_of, succeed
 
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import content_hash, read_connector, weight_files
@@ -106,9 +106,12 @@ def test_what_came_with_the_adapter_is_used_and_saved_though_it_does_not_train(t
     """And a run that was stopped goes on with it."""
     flags = ("--tune", "lora", "--lora_weight_path", golden / "tiny-llava-lora")
     folder = train(DPO, "whole", 3, *flags)
+    coarse = train(DPO, "coarse", 1, *flags, "--bf16", True)
     given = read_connector(golden / "tiny-llava-lora" / "non_lora_trainables.bin")
     after = read_connector(folder / "non_lora_trainables.bin")
     assert given.keys() == after.keys() and all(torch.equal(after[key], value) for key, value in given.items())
+    after = read_connector(coarse / "non_lora_trainables.bin")  # not by way of bfloat16
+    assert all(torch.equal(after[key], value) for key, value in given.items())
     state = load_pretrained_model(str(folder), None)[1].state_dict()
     assert all(torch.equal(state[key], value) for key, value in given.items())
     killed = folder.with_name("killed")
@@ -117,6 +120,39 @@ def test_what_came_with_the_adapter_is_used_and_saved_though_it_does_not_train(t
     shutil.copytree(folder / "checkpoint-2", killed / "checkpoint-2")
     assert train(DPO, "killed", 3, *flags) == killed
     assert losses_of(killed) == pytest.approx(losses_of(folder), abs=1e-6)
+
+
+def test_an_adapter_that_is_folded_in_does_not_train_on(run_script, dpo_flags, golden, tmp_path):
+    lora = golden / "tiny-llava-lora"
+    flags = [*dpo_flags, ON, f"{golden / 'tiny-llava-original'},{lora}", "--lora_enable", True]
+    code, _, err = run_script("train_dpo", *flags, "--lora_weight_path", lora, "--output_dir", tmp_path / "out")
+    assert code == 2 and f"{lora} is in --model_name_or_path" in err
+
+
+def test_a_connector_from_elsewhere_is_the_references(train, golden, capsys):
+    flags = ("--lora_enable", True, "--lora_weight_path", golden / "tiny-llava-lora", "--mm_projector_lr", 0)
+    plain = train(DPO, "plain", 1, *flags)
+    other = train(DPO, "other", 1, *flags, "--pretrain_mm_mlp_adapter", golden / "train" / "mm_projector_init.bin")
+    one, two = (next(log for log in logs_of(folder) if "loss" in log) for folder in (plain, other))
+    assert one["logps/chosen"] == pytest.approx(two["logps/chosen"], abs=1e-4)
+    assert abs(one["rewards/chosen"] - two["rewards/chosen"]) > 0.01
+
+
+def test_a_run_does_not_write_over_its_connector(train, run_script, dpo_flags, tmp_path):
+    connector = train(PRETRAIN, "pretrain", 1, "--train_type", "projector") / "mm_projector.bin"
+    flags = [*dpo_flags, "--lora_enable", True, "--pretrain_mm_mlp_adapter", connector]
+    code, _, err = run_script("train_dpo", *flags, "--output_dir", connector.parent)
+    assert code == 2 and "choose another --output_dir" in err and connector.is_file()
+
+
+def test_a_run_from_before_a_flag_is_not_gone_on_with_otherwise(train, run_script, dpo_flags):
+    folder = train(DPO, "run", 2, "--tune", "lm_head")
+    change(folder / "run.json", lambda card: [card["arguments"].pop(key) for key in ("loss_type", "loss_weights")])
+    flags = [*dpo_flags, "--per_device_train_batch_size", 12, *STEADY, *KEEP, "--tune", "lm_head"]
+    flags += ["--num_train_epochs", 2, "--output_dir", folder]
+    code, _, err = run_script("train_dpo", *flags, "--loss_type", "ipo")
+    assert code == 2 and "loss_type ['sigmoid'] -> ['ipo']" in err
+    succeed(run_script("train_dpo", *flags))
 
 
 @pytest.fixture
@@ -146,6 +182,7 @@ def put_on_the_tower(folder):
 
 REFUSED = {
     "another rank": (["--lora_r", 16], None, ["--lora_r 16", "has 8; leave --lora_r out"]),
+    "another rank, with dashes": (["--lora-r", 16], None, ["--lora_r 16", "has 8; leave --lora_r out"]),
     "another alpha": (["--lora_alpha", 32], None, ["--lora_alpha 32", "has 16; leave --lora_alpha out"]),
     "no LoRA": (["--lora_enable", False], None, ["no LoRA trains; add --lora_enable True"]),
     "no adapter": (["--lora_weight_path", "."], None, ["--lora_weight_path", "adapter_config.json"]),
@@ -154,6 +191,11 @@ REFUSED = {
         [],
         lambda folder: change(folder / "delta.json", lambda card: card["base"][0].update(path="/a/b", sha256="c0ffee")),
         ["was trained on /a/b with sha256 c0ffee", "tiny-llava-original with sha256"],
+    ),
+    "a connector twice": (
+        ["--hadpo_compat", True, "--pretrain_mm_mlp_adapter", GOLDEN / "train" / "mm_projector_init.bin"],
+        None,
+        ["--pretrain_mm_mlp_adapter", "has nothing to do", "leave one of them out"],
     ),
     "on the tower": ([], put_on_the_tower, ["changes the vision tower (first: ", "python -m llava.model.export"]),
     "no pictures": (

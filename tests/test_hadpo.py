@@ -201,9 +201,15 @@ def test_batches_that_fill_no_step_are_not_seen():
     assert whole(14) == 12 and whole(13) == 12
     assert whole(20, world=2) == 16  # 5 batches each
     assert whole(14, epochs=5, max_steps=3) == 12
-    for case in ({"epochs": 2}, {"max_steps": 4}, {"steps": 8}):
-        with pytest.raises(UserError, match="no multiple of --gradient_accumulation_steps"):
+    for case in ({"epochs": 2}, {"max_steps": 4}):
+        with pytest.raises(
+            UserError, match=r"--upstream_order: 7 batches .* no multiple of --gradient_accumulation_steps"
+        ):
             whole(14, **case)
+    with pytest.raises(
+        UserError, match="7 batches an epoch are fewer than --gradient_accumulation_steps 8; lower that"
+    ):
+        whole(14, steps=8)
 
 
 def test_pretraining_in_upstreams_order(run_script, pretrain_flags, tmp_path, golden):

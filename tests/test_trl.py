@@ -84,7 +84,8 @@ def test_kept_hidden_states_give_the_same_numbers(run_script, recorded, tmp_path
 
 
 def test_every_term_is_logged_in_training_and_evaluation(run_script, recorded, golden, tmp_path):
-    held_out = ("--eval_data_path", golden / "hadpo_data" / "desc_data.json", "--per_device_eval_batch_size", 8)
+    """Held-out pairs in batches of 3 and fewer: a mean over all tokens is none of batches' means."""
+    held_out = ("--eval_data_path", golden / "hadpo_data" / "desc_data.json", "--per_device_eval_batch_size", 3)
     follow(run_script, recorded, MIXED, tmp_path / "out", *held_out, "--eval_steps", 10)
     logs = logs_of(tmp_path / "out")
     for prefix in ("", "eval_"):

@@ -249,8 +249,12 @@ class LlavaTrainingArguments(TrainingArguments):
 
     def _refuse(self) -> None:
         for name, least in AT_LEAST.items():
-            if getattr(self, name) < least:
+            if not least <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name} {getattr(self, name)}: expected {least} or more")
+        for name in RATES:
+            rate = getattr(self, name)
+            if rate is not None and not 0 <= rate < math.inf:
+                raise UserError(f"--{name} {rate}: expected 0 or more")
         if self.lora_dropout >= 1:
             raise UserError(f"--lora_dropout {self.lora_dropout}: expected less than 1")
         if self.bf16 and self.fp16:
@@ -271,6 +275,8 @@ class LlavaTrainingArguments(TrainingArguments):
             raise UserError(f"--warmup_ratio {self.warmup_ratio:g}: expected 0 or more and less than 1")
         if self.upstream_order and self.group_by_modality_length:
             raise UserError("--upstream_order and --group_by_modality_length both choose the order; pass one")
+        if self.upstream_order and self.data_seed is not None:
+            raise UserError("--data_seed is not upstream's, where --seed decides the order; leave it out")
         if self.mpt_attn_impl != "triton":
             raise UserError("--mpt_attn_impl belongs to MPT models, which are not supported")
         if self.remove_unused_columns:
@@ -394,14 +400,14 @@ class DPOTrainingArguments(LlavaTrainingArguments):
     ignore_bias_buffers: bool = field(default=False, metadata={"help": "accepted: there are no such buffers"})
 
     def __post_init__(self) -> None:
-        if self.beta <= 0:
+        if not 0 < self.beta < math.inf:
             raise UserError(f"--beta {self.beta}: expected a positive number")
         self._settle_losses()
         if self.reference not in REFERENCES:
             raise UserError(f"--reference {self.reference}: expected one of {', '.join(REFERENCES)}")
         if self.reference_from not in REFERENCES_FROM:
             raise UserError(f"--reference_from {self.reference_from}: expected one of {', '.join(REFERENCES_FROM)}")
-        if self.aux_weight <= 0:
+        if not 0 < self.aux_weight < math.inf:
             raise UserError(
                 f"--aux_weight {self.aux_weight}: expected a positive number; without --aux_data leave it out"
             )
@@ -480,6 +486,8 @@ class DPOTrainingArguments(LlavaTrainingArguments):
             note("--loss_type robust is sigmoid where --label_smoothing is 0")
 
 
+RATES = ("learning_rate", "mm_projector_lr", "post_block_lr", "lm_head_lr")
+
 # Numbers that must not be smaller.
 AT_LEAST = {
     "model_max_length": 1,
@@ -488,9 +496,7 @@ AT_LEAST = {
     "gradient_accumulation_steps": 1,
     "lora_r": 1,
     "lora_dropout": 0,
-    "learning_rate": 0,
     "weight_decay": 0,
-    "post_block_lr": 0,
     "seed": 0,
     "dataloader_num_workers": 0,
 }
@@ -539,7 +545,8 @@ def parse(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple[Any
     parser = OneLineHfParser(classes, allow_abbrev=False)
     *parsed, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     refuse_unknown(parser, rest)
-    given = {arg.split("=")[0].removeprefix("--") for arg in argv if arg.startswith("--")}
+    # The parser takes dashes for underscores too.
+    given = {arg.split("=")[0].removeprefix("--").replace("-", "_") for arg in argv if arg.startswith("--")}
     for flag, reason in NOTHING_TO_DO.items():
         if flag in given:
             note(f"--{flag} has nothing to do here: {reason}")
@@ -582,7 +589,8 @@ def _settle_idle(parsed: list[Any], given: set[str]) -> None:
                 raise UserError(f"--{flag} is not HA-DPO's and would change --hadpo_compat's numbers; leave one out")
     for flag in ("group_by_modality_length", "group_by_image", "upstream_order"):
         if "train_sampling_strategy" in given and values.get(flag):
-            raise UserError(f"--train_sampling_strategy and --{flag} True both choose the order; pass one")
+            chosen_by = "hadpo_compat" if values.get("hadpo_compat") else flag
+            raise UserError(f"--train_sampling_strategy and --{chosen_by} True both choose the order; pass one")
     if values["mm_projector_lr"] and values["freeze_mm_mlp_adapter"]:
         raise UserError("--mm_projector_lr is for the connector, which --freeze_mm_mlp_adapter freezes; pass one")
 
@@ -591,9 +599,8 @@ def _settle_adapter(train_args: TrainingArguments, given: set[str]) -> None:
     """``--lora_weight_path`` brings its rank and alpha; flags that say otherwise are refused."""
     if train_args.lora_weight_path is None:
         return
-    train_args.lora_weight_path = str(
-        local_folder(train_args.lora_weight_path, "--lora_weight_path", cache_dir=train_args.cache_dir)
-    )
+    folder = local_folder(train_args.lora_weight_path, "--lora_weight_path", cache_dir=train_args.cache_dir)
+    train_args.lora_weight_path = os.path.abspath(folder)
     source = existing(Path(train_args.lora_weight_path) / "adapter_config.json", "--lora_weight_path")
     settings = read_object(source)
     for flag, key in (("lora_r", "r"), ("lora_alpha", "lora_alpha")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,8 @@ class ModelPlan:
         model = self._assemble(config, state, self.chain.source)
         for name, parameter in model.named_parameters():
             # In full precision as it was saved: rounded first, what an earlier stage has moved it by would be lost.
-            if part_of(name) in self.parts and name in state and not hasattr(parameter, "ds_id"):
+            kept = part_of(name) in self.parts or name in new  # both are saved
+            if kept and name in state and not hasattr(parameter, "ds_id"):
                 parameter.data = state[name].float().clone()
         model.stands_on = Standing(frozenset(new), self.chain.card() if self.writes_delta else None)
         return model
@@ -162,7 +164,8 @@ def plan_model(model_args: Any, data_args: Any, train_args: Any, parts: set[str]
     whole = chain  # with an adapter that trains on
     if train_args.lora_weight_path:
         whole = with_adapter(chain, train_args.lora_weight_path, "--lora_weight_path")
-    _keep_apart(whole, Path(train_args.output_dir))
+    if whole is not chain and whole.newest.resolve() in (folder.resolve() for folder in chain.folders):
+        raise UserError(f"--lora_weight_path {whole.newest} is in --model_name_or_path {name} too; pass it once")
     blank = whole.blank
     if blank:
         if not model_args.vision_tower:
@@ -175,6 +178,10 @@ def plan_model(model_args: Any, data_args: Any, train_args: Any, parts: set[str]
     chain.tower = tower
     if model_args.pretrain_mm_mlp_adapter is not None:
         chain.connector = existing(model_args.pretrain_mm_mlp_adapter, "--pretrain_mm_mlp_adapter")
+    own_connector = hasattr(train_args, "reference") and not train_args.hadpo_compat  # that a reference sees through
+    if whole is not chain:
+        _settle_connector(whole, chain.connector, own_connector)
+    _keep_apart([*whole.folders, *([chain.connector.parent] if chain.connector else [])], train_args.output_dir)
     new_block = _put_block(config, model_args, parts, whole.newest)
     untied = _untie(config, parts, whole.newest)
 
@@ -215,7 +222,6 @@ def plan_model(model_args: Any, data_args: Any, train_args: Any, parts: set[str]
     )
     if getattr(train_args, "reference_from", None) == "base":
         plan.base_config()  # refused here where there is none
-    own_connector = hasattr(train_args, "reference") and not train_args.hadpo_compat
     if own_connector and whole is not chain and chain.blank and chain.connector is None:
         raise UserError(
             f"--lora_weight_path: the reference would be {chain.newest} without the adapter, a language model, which "
@@ -245,10 +251,26 @@ def _quantization(train_args: Any, parts: set[str]) -> Quantization | None:
     )
 
 
-def _keep_apart(chain: Chain, output_dir: Path) -> None:
+def _settle_connector(whole: Chain, connector: Path | None, own_connector: bool) -> None:
+    """A LoRA that trains on may bring a connector; one from elsewhere is then below it.
+
+    Raises:
+        UserError: nothing would see through that one.
+    """
+    if connector is None or "projector" not in whole.stages[-1].parts():
+        return
+    if not own_connector:
+        raise UserError(
+            f"--pretrain_mm_mlp_adapter {connector} has nothing to do: --lora_weight_path {whole.newest} brings a "
+            "connector of its own; leave one of them out"
+        )
+    note(f"--pretrain_mm_mlp_adapter {connector} is the reference's; --lora_weight_path brings the policy's connector")
+
+
+def _keep_apart(folders: Iterable[Path], output_dir: str) -> None:
     """A run must not write over, or rotate away, what it starts from: its deltas would stand on nothing."""
-    output = output_dir.expanduser().resolve()
-    for folder in (path.resolve() for path in chain.folders):
+    output = Path(output_dir).expanduser().resolve()
+    for folder in (path.resolve() for path in folders):
         if folder == output or (folder.parent == output and folder.name.startswith("checkpoint-")):
             raise UserError(f"--output_dir {output_dir}: the run starts from {folder}; choose another --output_dir")
 
@@ -370,11 +392,11 @@ def check_resumed(checkpoint: str | None, arguments: dict[str, Any]) -> None:
     card = Path(checkpoint).parent / "run.json" if checkpoint else None
     if card is None or not card.is_file():
         return
-    before = read_object(card).get("arguments", {})
+    before = {**BEFORE_THE_FLAG, **read_object(card).get("arguments", {})}
     differing = [
         f"{key} {before[key]!r} -> {value!r}"
         for key, value in arguments.items()
-        if key not in FREE_ON_RESUME and key in before and before[key] != value
+        if key not in FREE_ON_RESUME and before.get(key, value) != value
     ]
     if differing:
         raise UserError(
@@ -382,6 +404,15 @@ def check_resumed(checkpoint: str | None, arguments: dict[str, Any]) -> None:
             "--output_dir, or pass --resume_from_checkpoint False to start afresh"
         )
 
+
+# What runs did before these flags were there.
+BEFORE_THE_FLAG = {
+    "loss_type": ["sigmoid"],
+    "loss_weights": [1.0],
+    "label_smoothing": 0.0,
+    "hadpo_compat": False,
+    "upstream_order": False,
+}
 
 # What may change between a run and its continuation without changing what is computed.
 FREE_ON_RESUME = {

@@ -142,10 +142,13 @@ def samples_of_whole_steps(length: int, args: Any) -> int:
     steps, left = divmod(batches, args.gradient_accumulation_steps)
     wanted = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps)
     if left and (not steps or wanted > steps):
+        flag = "--hadpo_compat" if getattr(args, "hadpo_compat", False) else "--upstream_order"
+        accumulation = f"--gradient_accumulation_steps {args.gradient_accumulation_steps}"
+        if not steps:
+            raise UserError(f"{flag}: {batches} batches an epoch are fewer than {accumulation}; lower that")
         raise UserError(
-            f"--upstream_order and --hadpo_compat: {batches} batches an epoch are no multiple of "
-            f"--gradient_accumulation_steps {args.gradient_accumulation_steps}, and what upstream does with those left "
-            "over is not reproduced; choose --per_device_train_batch_size and --gradient_accumulation_steps so that "
-            "none are, or train one epoch"
+            f"{flag}: {batches} batches an epoch are no multiple of {accumulation}, and what upstream does with those "
+            "left over is not reproduced; choose --per_device_train_batch_size and --gradient_accumulation_steps so "
+            "that none are, or train one epoch"
         )
     return min(length, steps * args.gradient_accumulation_steps * args.world_size * args.train_batch_size)

@@ -218,7 +218,8 @@ class DPOTrainer(LlavaTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.loss_type, self.loss_weights, self.label_smoothing = loss_type, loss_weights, label_smoothing
+        self.loss_type, self.loss_weights = loss_type, loss_weights or [1.0] * len(loss_type)
+        self.label_smoothing = label_smoothing
         self.aux_weight = aux_weight
         self.reference = reference
         if cache is not None:
@@ -317,6 +318,9 @@ class DPOTrainer(LlavaTrainer):
                 prefix + n: (total / max(count, 1)) for n, (total, count) in zip(names, totals.tolist(), strict=True)
             }
             logs.update(metrics)
+            if "eval_loss/sft" in metrics:  # of tokens: a mean of batches' means would hang on their size
+                weighed = zip(self.loss_type, self.loss_weights, strict=True)
+                logs["eval_loss"] = sum(weight * metrics[f"eval_loss/{name}"] for name, weight in weighed)
             self._sums[mode] = {}
         super().log(logs, start_time)
 
