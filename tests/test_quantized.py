@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -274,3 +275,22 @@ def test_devices_that_bitsandbytes_cannot_use(monkeypatch):
     check_backend("--bits 4", 4, "cuda")
     with pytest.raises(UserError, match=r"Tesla P40\) has compute capability 6.1.*8 bits need 7.5; 4 bits need 6.0"):
         check_backend("--bits 8", 8, "cuda")
+
+
+@pytest.mark.slow
+def test_under_zero2_on_two_processes(dpo_flags, tmp_path, golden):
+    """Every pair in one step, so that it does not matter who has which; one process in all says what to expect."""
+    from test_launch import launch
+
+    flags = [*dpo_flags, *LORA, "--bits", 4, "--num_train_epochs", 3]
+    launch(
+        sys.executable, "train_dpo.py", *flags, "--per_device_train_batch_size", 12, "--output_dir", tmp_path / "one"
+    )
+    flags += ["--per_device_train_batch_size", 6, "--deepspeed", "zero_configs/zero2.json"]
+    launch(
+        "deepspeed", "--num_gpus", 2, "--master_port", 29891, "train_dpo.py", *flags, "--output_dir", tmp_path / "two"
+    )
+    one, two = (losses_of(tmp_path / name) for name in ("one", "two"))
+    assert two == pytest.approx(one, abs=1e-4) and one[0] - one[-1] > 0.01
+    assert "DeepSpeedEngine" in json.loads((tmp_path / "two" / "run.json").read_text())["engine"]["model"]
+    load(tmp_path / "two", 4)
