@@ -21,10 +21,11 @@ def main() -> None:
     from llava.data.captions import Captions
     from llava.data.preferences import PreferencePairs, read_preferences
     from llava.run_card import RunCard
-    from llava.train.arguments import DPOTrainingArguments, ModelArguments, PreferenceArguments, as_dict, parse
+    from llava.train.arguments import DPOTrainingArguments, ModelArguments, PreferenceArguments
     from llava.train.build import check_resumed, collator, example_builder, plan_model
     from llava.train.caches import feature_folder
     from llava.train.hidden_cache import hidden_cache
+    from llava.train.parsing import as_dict, parse
     from llava.train.reference import SharedReference, choose_reference
     from llava.train.reference_cache import chosen_cache
     from llava.train.sampler import samples_of_whole_steps

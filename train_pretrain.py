@@ -22,10 +22,11 @@ def main() -> None:
 
     from llava.data.captions import Captions
     from llava.run_card import RunCard
-    from llava.train.arguments import CaptionArguments, ModelArguments, PretrainTrainingArguments, as_dict, parse
+    from llava.train.arguments import CaptionArguments, ModelArguments, PretrainTrainingArguments
     from llava.train.build import check_resumed, collator, example_builder, plan_model
     from llava.train.caches import feature_folder
     from llava.train.hidden_cache import hidden_cache
+    from llava.train.parsing import as_dict, parse
     from llava.train.reference import SharedReference
     from llava.train.sampler import samples_of_whole_steps
     from llava.train.trainable import choose_parts, put_lora, switch_on, table

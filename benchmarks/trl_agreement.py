@@ -278,8 +278,9 @@ def trl_run(run: Run) -> list[float]:
 def our_pairs() -> Any:
     """The pairs that ``train_dpo.py`` trains on."""
     from llava.data.preferences import PreferencePairs, read_preferences
-    from llava.train.arguments import DPOTrainingArguments, ModelArguments, PreferenceArguments, parse
+    from llava.train.arguments import DPOTrainingArguments, ModelArguments, PreferenceArguments
     from llava.train.build import example_builder, plan_model
+    from llava.train.parsing import parse
 
     flags = our_flags(Run(Objective()), Path(tempfile.gettempdir()) / "nothing-is-written")
     model_args, data_args, train_args = parse((ModelArguments, PreferenceArguments, DPOTrainingArguments), flags)

@@ -384,8 +384,9 @@ def test_upstreams_lora_is_gone_on_with_on_its_base(run, run_script, dpo_flags, 
 
 
 def test_a_plan_gives_the_model_its_deltas_stand_on(run, golden, dpo_flags, tmp_path):
-    from llava.train.arguments import DPOTrainingArguments, ModelArguments, PreferenceArguments, parse
+    from llava.train.arguments import DPOTrainingArguments, ModelArguments, PreferenceArguments
     from llava.train.build import plan_model
+    from llava.train.parsing import parse
     from llava.train.reference_cache import reference_key
 
     folder, logits = run("lora", *LORA, "--tune", "lora,projector,lm_head")

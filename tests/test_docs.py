@@ -23,7 +23,7 @@ from llava.data.preferences import read_desc_pairs, read_own_pairs, read_pope_pa
 from llava.data.supervision import fill_template  # noqa: E402
 from llava.eval.pope import Confusion, table_header  # noqa: E402
 from llava.model import export  # noqa: E402
-from llava.train import arguments  # noqa: E402
+from llava.train import arguments, parsing  # noqa: E402
 from llava.train.trainable import choose_parts  # noqa: E402
 
 ENGLISH, CHINESE = (ROOT / name for name in ("README.md", "README.zh-CN.md"))
@@ -97,7 +97,7 @@ def parse_training(script: str, argv: list[str], folder: Path) -> tuple:
             stub = folder / argv[argv.index(flag) + 1]
             stub.parent.mkdir(parents=True, exist_ok=True)
             stub.touch()
-    return arguments.parse(TRAINING[script], argv)
+    return parsing.parse(TRAINING[script], argv)
 
 
 @pytest.mark.parametrize("words", commands(ENGLISH), ids=lambda words: " ".join(words)[:60])
@@ -153,7 +153,7 @@ def test_every_script_has_a_command() -> None:
 def test_flags_named_in_the_text_exist(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     known = set().union(*LAUNCHERS.values())
     for classes in TRAINING.values():
-        parser = arguments.HfArgumentParser(classes)
+        parser = parsing.HfArgumentParser(classes)
         known |= {option for action in parser._actions for option in action.option_strings}
     for name, script in OTHERS.items():
         monkeypatch.setattr(sys, "argv", [name, "--help"])

@@ -16,7 +16,8 @@ from transformers import TrainingArguments
 from llava.data.collate import PackingCollator
 from llava.errors import UserError
 from llava.model.checkpoint import read_connector
-from llava.train.arguments import DPOTrainingArguments, ModelArguments, PreferenceArguments, parse
+from llava.train.arguments import DPOTrainingArguments, ModelArguments, PreferenceArguments
+from llava.train.parsing import parse
 from llava.train.sampler import UpstreamSampler, samples_of_whole_steps
 from llava.train.trainable import choose_parts
 

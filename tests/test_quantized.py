@@ -20,7 +20,8 @@ from test_pope_eval import lines_of
 from llava.errors import UserError
 from llava.model.builder import load_pretrained_model
 from llava.model.quantization import check_backend, quantized_layers
-from llava.train.arguments import DPOTrainingArguments, ModelArguments, PreferenceArguments, parse
+from llava.train.arguments import DPOTrainingArguments, ModelArguments, PreferenceArguments
+from llava.train.parsing import parse
 from llava.train.trainable import add_lora, switch_on
 
 LINEARS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
