@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from llava.errors import UserError
+
+LFS_POINTER = b"version https://git-lfs"
 
 
 def existing(path: str | os.PathLike[str] | None, flag: str, *, directory: bool = False) -> Path:
@@ -50,7 +53,15 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     try:
         return json.loads(_decode(path, raw))
     except json.JSONDecodeError as error:
+        refuse_pointer(path)
         raise _json_error(path, error) from None
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise ``UserError`` for a file that git-LFS has left in the place of a large one."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{path}: a git-LFS pointer and not the file itself; run git lfs pull, or download it")
 
 
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -167,6 +178,12 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def leftovers(path: Path) -> list[Path]:
+    """What ``atomic_folder`` was filling for ``path`` when its process was killed; or still is."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}")  # tempfile's names
+    return sorted(found for found in path.parent.glob(".*") if pattern.fullmatch(found.name) and found.is_dir())
 
 
 def publish(temporary: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:

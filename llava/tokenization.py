@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from llava.errors import UserError
-from llava.files import read_object, write_json
+from llava.files import read_object, refuse_pointer, write_json
 
 SPACE = "▁"
 HUGGINGFACE_TOKENS = ("<image>", "<pad>")  # that its LLaVA has and ours has not
@@ -237,6 +237,7 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None, **kwargs: An
         folder = _downloaded(str(path), kwargs.get("cache_dir"))
     config_file = folder / "tokenizer_config.json"
     config = read_object(config_file) if config_file.is_file() else {}
+    config = {key: value for key, value in config.items() if value is not None}  # as where the key is missing
     if (folder / "tokenizer.model").is_file() and (
         config.get("tokenizer_class", "LlamaTokenizer").startswith("Llama") or "legacy" in config
     ):
@@ -347,6 +348,7 @@ def _sentencepiece(
     try:
         tokenizer = SentencePieceTokenizer(str(folder / "tokenizer.model"), **settings)
     except RuntimeError:
+        refuse_pointer(folder / "tokenizer.model")
         raise UserError(
             f"{folder / 'tokenizer.model'}: no SentencePiece model (truncated?); download it again"
         ) from None

@@ -16,6 +16,7 @@ from test_model import answer, check_logits, inputs_of, questions
 from llava.errors import UserError
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
+from llava.model.checkpoint import read_tensors
 
 TOKENIZER = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 PADDED = 2064
@@ -573,6 +574,7 @@ FOREIGN = {
     "layers": ({"vision_feature_layer": [-2, -5]}, r"vision_feature_layer \[-2, -5\].*one layer"),
     "relu": ({"projector_hidden_act": "relu"}, "projector_hidden_act relu.*expected gelu"),
     "no bias": ({"multimodal_projector_bias": False}, "multimodal_projector_bias false.*expected true"),
+    "padding": ({"pad_token_id": "x"}, r"config\.json: key 'pad_token_id' must be a int, found str"),
     "strategy": ({"vision_feature_select_strategy": "some"}, r"config\.json: .*vision_feature_select_strategy"),
 }
 
@@ -624,6 +626,31 @@ def test_a_vision_tower_that_is_a_llava(golden, huggingface_base):
             vision_config(str(folder))
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+DAMAGED = {
+    "pointer.bin": (POINTER, "a git-LFS pointer and not the file itself; run git lfs pull"),
+    "pointer.safetensors": (POINTER, "a git-LFS pointer and not the file itself; run git lfs pull"),
+    "page.bin": (b"<!DOCTYPE html><html>", r"damaged weight file \(neither a zip nor a pickle\); download it again"),
+    "short.bin": (b"xx", r"damaged weight file \(neither a zip nor a pickle\); download it again"),
+    "empty.bin": (b"", "damaged weight file"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [(n, *rest) for n, rest in DAMAGED.items()], ids=DAMAGED)
+def test_files_that_are_no_weights(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}: {message}"):
+        read_tensors(tmp_path / name)
+
+
+def test_a_tower_whose_shape_is_out_of_reach(golden, tmp_path):
+    folder = shutil.copytree(golden / "tiny-llava-original-with-tower", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    write(folder / "config.json", {**config, "mm_vision_tower": "./gone"})
+    with pytest.raises(UserError, match=r"gone: no such folder; the weights hold the tower, but its shape.*download"):
+        load_pretrained_model(str(folder), None)
+
+
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 SPOILT = {
     "other base": ({LAYER: torch.zeros(8, 128)}, {}, r"shape \(8, 128\).*trained on another model"),
@@ -632,6 +659,8 @@ SPOILT = {
     "other kind": ({}, {"peft_type": "IA3"}, r"adapter_config\.json: peft_type IA3.*expected LORA"),
     "bias": ({}, {"lora_bias": True}, "lora_bias cannot be loaded"),
     "pissa": ({}, {"init_lora_weights": "pissa"}, "init_lora_weights pissa cannot be loaded"),
+    "text for a number": ({}, {"r": "8"}, r"adapter_config\.json: key 'r' must be a int, found str"),
+    "list of patterns": ({}, {"rank_pattern": []}, "key 'rank_pattern' must be a dict, found list"),
     "pattern": ({}, {"alpha_pattern": {"w_pack": 4}}, "pattern w_pack fits none"),
     "longer head": (
         {"base_model.model.lm_head.weight": torch.zeros(50, 64)},

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import sys
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from test_tokenization import folder_with
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, conv_templates, template
+from llava.errors import UserError
 from llava.eval.answer import Answerer, Question
 from llava.mm_utils import tokenizer_image_token
 from llava.model import export
@@ -238,6 +242,162 @@ def test_plain_peft_puts_an_unmerged_lora_over_an_exported_base(huggingface, tmp
             model = model.merge_and_unload()
 
 
+def saved(folder, name, state):
+    """``folder`` with the tensors ``state`` in its file ``name``."""
+    torch.save(state, folder / name)
+    return folder
+
+
+def delta_with(folder, name, change, of=GOLDEN / "tiny-llava-lora"):
+    """A copy of a recorded delta whose file ``name`` holds what ``change`` makes of its tensors."""
+    shutil.copytree(of, folder)
+    return saved(folder, name, change(torch.load(folder / name, weights_only=True)))
+
+
+def test_weights_that_are_no_model_are_refused(tmp_path, run_script):
+    source, state, _ = original_in(tmp_path / "source", torch.float32)
+    half = shutil.copytree(source, tmp_path / "half")
+    save_file({n: v for n, v in state.items() if "layers.1.mlp.up" not in n}, half / "model.safetensors")
+    bare = shutil.copytree(GOLDEN / "tiny-llava-lora", tmp_path / "bare")
+    (bare / "non_lora_trainables.bin").unlink()
+    wide = delta_with(
+        tmp_path / "wide",
+        "mm_projector.bin",
+        lambda found: {n: torch.cat([v, v]) if "mm_projector.2" in n else v for n, v in found.items()},
+        GOLDEN / "tiny-llava-pretrain",
+    )
+    head = {"base_model.model.lm_head.weight": torch.zeros(2048, 64)}
+    long = delta_with(tmp_path / "long", "adapter_model.bin", lambda found: {**found, **head})
+    (long / "config.json").unlink()
+    vicuna = GOLDEN / "tiny-vicuna"
+    wrong = (
+        "2 weights do not fit config.json, first: model.mm_projector.2.weight has shape (128, 64), expected (64, 64)"
+    )
+    for flags, where, said in (
+        ((half,), half, "1 weights of the model in config.json are missing, first: model.layers.1.mlp.up_proj.weight"),
+        ((bare, vicuna), vicuna, "4 weights of the model in config.json are missing, first: model.mm_projector.0"),
+        ((wide, vicuna), wide / "mm_projector.bin", wrong),
+        ((long, source), long / "adapter_model.bin", "lm_head.weight has shape (2048, 64), expected (2000, 64)"),
+    ):
+        path, base = (*flags, None)[:2]
+        with pytest.raises(UserError) as refused:
+            load_pretrained_model(str(path), base and str(base))
+        assert str(refused.value).startswith(f"{where}: ") and said in str(refused.value)
+        named = ("--model-path", path, *(("--model-base", base) if base else ()))
+        for to in ("hf", "original"):
+            code, _, err = run_script("llava.model.export", "--to", to, "--out", tmp_path / "out", *named)
+            assert (code, err.splitlines()[-1]) == (2, f"error: {refused.value}")
+            assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_a_padded_base_are_cut(huggingface, tmp_path):
+    weights = load_file(huggingface / "model.safetensors")
+    whole = {"model.language_model.embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
+    beside = {
+        f"base_model.model.{theirs}.weight": 2 * weights[f"language_model.{ours}.weight"]
+        for theirs, ours in whole.items()
+    }
+    lora = delta_with(tmp_path / "lora", "adapter_model.bin", lambda found: {**found, **beside})
+    (lora / "config.json").unlink()
+    found = load_file(
+        exported(tmp_path / "out", "--model-path", lora, "--model-base", huggingface, to="original")
+        / "model.safetensors"
+    )
+    for name in whole.values():
+        assert torch.equal(found[f"{name}.weight"], 2 * weights[f"language_model.{name}.weight"][:2000])
+
+
+def named_base(folder):
+    return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+def test_an_unmerged_lora_names_what_it_lies_over(tmp_path, run_script):
+    base, _, config = original_in(tmp_path / "base", torch.float32)
+    lora = GOLDEN / "tiny-llava-lora"
+    layers = {"layers_to_transform": [0, 1], "layers_pattern": "layers"}
+    settings = json.loads((lora / "adapter_config.json").read_text())
+
+    def unmerged(out, *flags):
+        return exported(tmp_path / out, "--no_merge", *flags)
+
+    head, carded = tmp_path / "head", shutil.copytree(lora, tmp_path / "carded")
+    head.mkdir()
+    save_file({"lm_head.weight": torch.ones(2000, 64)}, head / "delta.safetensors")
+    for folder, below, parts in ((head, base, ["lm_head"]), (carded, head, ["lora", "projector"])):
+        (folder / "config.json").write_text(json.dumps(config))
+        card = read_chain(str(below), "--model-path").card()
+        (folder / "delta.json").write_text(json.dumps({**card, "parts": parts}))
+    (carded / "adapter_config.json").write_text(json.dumps({**settings, **layers}))
+    out = unmerged("a", "--model-path", carded, "--model-base", base)
+    assert named_base(out) == str(head)
+    written = json.loads((out / "adapter_config.json").read_text())
+    assert [written[key] for key in layers] == [None, None]  # PEFT takes neither beside a pattern
+    assert named_base(unmerged("b", "--model-path", lora, "--model-base", base)) == str(base)
+    connector, vicuna = GOLDEN / "tiny-llava-pretrain", GOLDEN / "tiny-vicuna"
+    out = unmerged("c", "--model-path", f"{connector},{lora}", "--model-base", vicuna)
+    assert named_base(out) == f"{vicuna},{connector}"
+
+    other = delta_with(
+        tmp_path / "other",
+        "adapter_model.bin",
+        lambda found: {n: torch.cat([v, v], 1) if "lora_A" in n else v for n, v in found.items()},
+    )
+    wide = delta_with(
+        tmp_path / "wide", "non_lora_trainables.bin", lambda found: {n: torch.cat([v, v]) for n, v in found.items()}
+    )
+    for path, below, said in (
+        (lora, vicuna, "lies over a language model, which is no LLaVA; leave out --no_merge"),
+        (other, base, "has shape (8, 128), the model wants (8, 64); the adapter was trained on another model"),
+        (wide, base, "model.mm_projector.0.weight has shape (128, 32), the model wants (64, 32)"),
+    ):
+        flags = ("--to", "hf", "--no_merge", "--model-path", path, "--model-base", below, "--out", tmp_path / "no")
+        code, _, err = run_script("llava.model.export", *flags)
+        assert (code, err.count("\n")) == (2, 1)
+        assert said in err
+        assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_a_lora_on_a_tied_head_or_its_embeddings_parts_them(tmp_path, target):
+    from peft import LoraConfig, get_peft_model
+
+    base, state, _ = original_in(tmp_path / "base", torch.float32, tie_word_embeddings=True)
+    save_file({n: v for n, v in state.items() if n != "lm_head.weight"}, base / "model.safetensors")
+    torch.manual_seed(0)
+    model = load_pretrained_model(str(base), None)[1]
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    with warnings.catch_warnings(action="ignore"):
+        settings = LoraConfig(r=4, target_modules=[target], exclude_modules=LORA_EXCLUDED)
+        model = get_peft_model(model, settings).eval()
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        model.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+    flags = ("--model-path", tmp_path / "lora", "--model-base", base)
+    out = exported(tmp_path / "out", *flags, to="original")
+    for path, below in ((tmp_path / "lora", str(base)), (out, None)):
+        _, found, _, _ = load_pretrained_model(str(path), below)
+        assert found.config.tie_word_embeddings is False
+        with torch.no_grad():
+            torch.testing.assert_close(found(input_ids=ids).logits, wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 4.0}, {"rope_type": "dynamic", "factor": 2.0}])
+def test_scaled_positions_are_written_as_transformers_4_31_wants_them(tmp_path, scaling):
+    source, _, _ = original_in(tmp_path / "source", torch.float32, rope_scaling=dict(scaling))
+    there = exported(tmp_path / "there", "--model-path", source)
+    for name, path in (("straight", source), ("back", there)):
+        config = json.loads(
+            (exported(tmp_path / name, "--model-path", path, to="original") / "config.json").read_text()
+        )
+        kind = scaling.get("type") or scaling["rope_type"]
+        assert config["rope_scaling"] == {"type": kind, "factor": scaling["factor"]}
+        assert config.get("rope_theta", 10000.0) == 10000.0 and "rope_parameters" not in config
+
+
 def test_a_connector_is_written_with_its_language_model(tmp_path, recorded):
     folder = exported(
         tmp_path / "hf", "--model-path", GOLDEN / "tiny-llava-pretrain", "--model-base", GOLDEN / "tiny-vicuna"
@@ -425,6 +585,20 @@ def test_a_tower_that_is_no_longer_the_named_one_goes_along(tmp_path, recorded, 
     assert (moved - torch.tensor(recorded["b1_single|logits"])).abs().max() > 1e-3
 
 
+def test_a_tower_beside_the_source_is_found_from_everywhere(tmp_path, monkeypatch):
+    config = json.loads((ORIGINAL / "config.json").read_text())
+    (tmp_path / "world").mkdir()
+    shutil.copytree(ORIGINAL, tmp_path / "world" / "source")
+    tower = shutil.copytree(GOLDEN / "tiny-clip", tmp_path / "world" / config["mm_vision_tower"])
+    (tmp_path / "other" / tower.name).mkdir(parents=True)  # of the same name, and another one
+    for where, named in (("world", tower.name), ("other", str(tower))):
+        there = exported(tmp_path / where / "there", "--model-path", tmp_path / "world" / "source")
+        assert json.loads((there / "config.json").read_text())["mm_vision_tower"] == named
+        back = exported(tmp_path / where / "back", "--model-path", there, to="original")
+        assert json.loads((back / "config.json").read_text())["mm_vision_tower"] == named
+        assert same(load_file(back / "model.safetensors"), read_model_weights(ORIGINAL))
+
+
 def test_a_tower_that_comes_along_stays(tmp_path):
     source = GOLDEN / "tiny-llava-original-with-tower"
     out = exported(tmp_path / "out", "--model-path", source, to="original")
@@ -475,7 +649,10 @@ REFUSED = [
     (["--conv-mode", "plain"], {}, "--conv-mode plain: has no turns"),
     (["--conv-mode", "llava_v9"], {}, "--conv-mode llava_v9: unknown template"),
     (["--max_shard_size", "5 apples"], {}, "--max_shard_size 5 apples: expected a size"),
+    (["--max_shard_size", "0GB"], {}, "--max_shard_size 0GB: expected a size"),
     (["--no_merge"], {}, "is no LoRA; leave it out"),
+    (["--no_merge", "--max_shard_size", "1GB"], {}, "--max_shard_size: an adapter is written in one file"),
+    ([], {"pad_token_id": "x"}, "config.json: Validation error for field 'pad_token_id'"),
     (["--no_merge", "--conv-mode", "llava_v1"], {}, "--conv-mode: an adapter has no chat template"),
     (["--to", "original", "--conv-mode", "llava_v1"], {}, "--conv-mode is for --to hf"),
     (["--to", "original", "--no_merge"], {}, "--no_merge is for --to hf"),
@@ -509,6 +686,49 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path, run_script):
         assert (code, err.count("\n")) == (2, 1)
         assert said in err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_a_place_that_cannot_be_written_is_found_before_anything_is_read(tmp_path, run_script, monkeypatch):
+    monkeypatch.setattr(export, "read_chain", lambda *args: pytest.fail("it was read"))
+    (tmp_path / "mine").write_text("")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
+    for out, said in (("mine/x", "cannot be written (Not a directory)"), ("disk", "is a mount point")):
+        code, _, err = run_script("llava.model.export", "--to", "hf", "--model-path", ORIGINAL, "--out", tmp_path / out)
+        assert (code, err.count("\n")) == (2, 1)
+        assert said in err
+
+
+def test_links_and_the_working_directory_can_be_written_to(tmp_path, run_script, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "far")
+    monkeypatch.chdir(tmp_path / "empty")
+    for out in (".", tmp_path / "link"):
+        exported(out, "--model-path", ORIGINAL, to="original")
+    assert (tmp_path / "link").is_symlink()
+    for folder in ("empty", "far"):
+        assert (tmp_path / folder / "model.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "far", "link"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_export_leaves_nothing(tmp_path, run_script, monkeypatch, number, code):
+    left = tmp_path / ".out.abc_1234"
+    left.mkdir()
+    (tmp_path / ".out.backup").mkdir()
+    before = signal.getsignal(number)
+    write = export.write_model_weights
+
+    def interrupted(folder, *args):
+        write(folder, *args)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(export, "write_model_weights", interrupted)
+    flags = ("--to", "original", "--model-path", ORIGINAL, "--out", tmp_path / "out")
+    found, _, err = run_script("llava.model.export", *flags)
+    assert (found, signal.getsignal(number)) == (code, before)
+    noted = f"note: {left}: left by an export that was killed, if none is running; delete it\n"
+    assert err == f"{noted}interrupted; nothing was written\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.abc_1234", ".out.backup"]
 
 
 def test_a_failure_midway_leaves_nothing(tmp_path, run_script, monkeypatch):
@@ -546,11 +766,11 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path, r
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_qwen_of_transformers_there_and_back(tmp_path, recorded, qwen, tied):
+@pytest.mark.parametrize("head", ["untied", "tied", "parted"])
+def test_a_qwen_of_transformers_there_and_back(tmp_path, recorded, qwen, head):
     from transformers import AutoTokenizer, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
-    source, mark = tmp_path / "source", 310
+    source, mark, tied = tmp_path / "source", 310, head != "untied"
     text = Qwen2Config.from_pretrained(qwen, tie_word_embeddings=tied)
     vision = CLIPVisionConfig.from_pretrained(GOLDEN / "tiny-clip")
     torch.manual_seed(0)
@@ -558,11 +778,12 @@ def test_a_qwen_of_transformers_there_and_back(tmp_path, recorded, qwen, tied):
         LlavaConfig(vision_config=vision, text_config=text, image_token_index=mark, tie_word_embeddings=tied)
     ).eval()
     model.save_pretrained(source)
-    if tied:  # a head that is on disk all the same counts for nothing
+    if head == "parted":  # the config is wrong, and what is on disk counts
         weights = load_file(source / "model.safetensors")
-        head = torch.zeros_like(weights["language_model.model.embed_tokens.weight"])
-        weights["language_model.lm_head.weight"] = head
+        weights["language_model.lm_head.weight"] = torch.randn(320, text.hidden_size)
         save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+        model = their_model(source)
+        assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
     tokenizer = AutoTokenizer.from_pretrained(qwen)
     tokenizer.save_pretrained(source)
     shutil.copy(GOLDEN / "tiny-clip" / "preprocessor_config.json", source)
@@ -574,7 +795,9 @@ def test_a_qwen_of_transformers_there_and_back(tmp_path, recorded, qwen, tied):
     config = json.loads((again / "config.json").read_text())
     image_id = config["image_token_index"]
     assert (image_id, config["text_config"]["vocab_size"]) == (len(tokenizer), 320)  # there was room
-    assert ("language_model.lm_head.weight" in load_file(again / "model.safetensors")) is not tied
+    assert ("language_model.lm_head.weight" in load_file(again / "model.safetensors")) is (head != "tied")
+    flags = [settings["tie_word_embeddings"] for settings in (config, config["text_config"])]
+    assert flags == [head == "tied"] * 2
     ids = torch.tensor([[3, *[mark] * FEATURES, 40, 41]])
     pixels = torch.tensor(recorded["b1_single|images"])
     ours_tokenizer, ours, _, _ = load_pretrained_model(str(flat), None)

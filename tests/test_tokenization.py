@@ -36,6 +36,23 @@ def folder_with(golden, folder, legacy):
     return folder
 
 
+def test_null_is_as_a_missing_key(golden, tmp_path):
+    folder = folder_with(golden, tmp_path, None)
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    nulls = dict.fromkeys(("tokenizer_class", "legacy", "padding_side", "add_bos_token"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, **nulls}), encoding="utf-8")
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.legacy, tokenizer.padding_side, tokenizer("").input_ids) == (True, "right", [1])
+
+
+def test_a_pointer_in_the_tokenizers_place(golden, tmp_path):
+    folder = folder_with(golden, tmp_path, False)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+        with pytest.raises(UserError, match=rf"{name}: a git-LFS pointer and not the file itself"):
+            load_tokenizer(folder)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(golden):
     return load_tokenizer(golden / "tiny-llava-original")

@@ -6,21 +6,26 @@ explicit dtype, one ``from_pretrained``, which also serves ZeRO-3, device maps a
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import logging
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPImageProcessorPil, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import UserError
-from llava.files import read_object
+from llava.files import field, read_object
 from llava.model.checkpoint import (
     ADAPTER_WEIGHTS,
+    CONNECTOR,
+    NON_LORA,
     assign,
     first_of,
     has_tower,
@@ -29,7 +34,7 @@ from llava.model.checkpoint import (
     read_adapter,
     read_tower_weights,
 )
-from llava.model.dialects import PROJECTOR, TOWER, State, lora_name, runtime_name
+from llava.model.dialects import EMBEDDINGS, HEAD, PROJECTOR, TOWER, State, lora_name, runtime_name
 from llava.model.huggingface import (
     CLIP_SHAPE,
     LANGUAGE_MODELS,
@@ -57,11 +62,13 @@ FAMILIES: dict[str, tuple[type, type]] = {
 LORA_EXCLUDED = r".*(vision_tower|mm_projector|post_block).*"
 
 
-def local_folder(name_or_path: str, flag: str, near: Sequence[Path] = (), cache_dir: str | None = None) -> Path:
+def local_folder(
+    name_or_path: str, flag: str, near: Sequence[Path] = (), cache_dir: str | None = None, fetch: bool = True
+) -> Path:
     """The folder a path or hub id stands for.
 
     A relative path is looked for in the working directory, then inside and beside the folders ``near``; what is not a
-    local folder is fetched from the hub.
+    local folder is in the hub's cache, or (``fetch``) is put there.
     """
     places = [Path(name_or_path).expanduser()]
     for folder in near:
@@ -77,7 +84,12 @@ def local_folder(name_or_path: str, flag: str, near: Sequence[Path] = (), cache_
     try:
         # The same weights for other frameworks are left where they are.
         return Path(
-            snapshot_download(name_or_path, cache_dir=cache_dir, ignore_patterns=["*.h5", "*.msgpack", "*.onnx"])
+            snapshot_download(
+                name_or_path,
+                cache_dir=cache_dir,
+                ignore_patterns=["*.h5", "*.msgpack", "*.onnx"],
+                local_files_only=not fetch,
+            )
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
@@ -139,6 +151,10 @@ def check_config(config: dict[str, Any], folder: Path, flag: str) -> dict[str, A
         )
     if config.get("mm_hidden_size") is None or not (config.get("mm_vision_tower") or config.get("mm_vision_config")):
         raise UserError(f"{flag} {folder}: config.json names no vision tower (mm_vision_tower, mm_hidden_size)")
+    try:
+        model_settings(config)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder / 'config.json'}: {' '.join(str(error).split())}; download it again") from None
     return config
 
 
@@ -158,7 +174,16 @@ def with_tower(
     if config.get("mm_vision_config") and inside and (not named or any(image_settings(folder) for folder in folders)):
         return config, None  # nobody asks the hub for what is here: nodes of a cluster are often offline
     flag = f"{folders[0] / 'config.json'}: mm_vision_tower"
-    tower = local_folder(named, flag, folders, cache_dir)
+    try:
+        tower = local_folder(named, flag, folders, cache_dir)
+    except UserError as error:
+        if not inside:
+            raise
+        lacking = "its image processor" if config.get("mm_vision_config") else "its shape (mm_vision_config)"
+        raise UserError(
+            f"{error}; the weights hold the tower, but {lacking} is in that folder alone: download its config.json and "
+            f"{PREPROCESSOR}, and write where they are into mm_vision_tower"
+        ) from None
     return {"mm_vision_config": tower_shape(tower), **config}, tower
 
 
@@ -171,7 +196,70 @@ def tower_shape(tower: Path) -> dict[str, Any]:
 def model_settings(config: dict[str, Any]) -> Any:
     """``config.json`` as the model's own class of configuration, without what belongs to the file."""
     skipped = ("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path")
-    return FAMILIES[config["model_type"]][0](**{k: v for k, v in config.items() if k not in skipped})
+    # A copy: transformers writes into the rope_scaling that it is given.
+    settings = copy.deepcopy({key: value for key, value in config.items() if key not in skipped})
+    return FAMILIES[config["model_type"]][0](**settings)
+
+
+@contextlib.contextmanager
+def whole_parameters() -> Iterator[None]:
+    """Models made here are ordinary ones, also where ZeRO-3 would partition every new one."""
+    from transformers.integrations import deepspeed
+
+    kept = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
+
+
+def skeleton(config: dict[str, Any]) -> Any:
+    """A model of ``config`` on the meta device: names and shapes without weights."""
+    with whole_parameters(), torch.device("meta"):
+        return FAMILIES[config["model_type"]][1](model_settings(config))
+
+
+def settle_head(config: dict[str, Any], state: State) -> tuple[dict[str, Any], State]:
+    """Where ``config`` ties the head to the embeddings: ``state`` without a head that is the same, or ``config`` that
+    does not tie one that differs, as transformers 5 reads such files.
+    """
+    if HEAD not in state or not model_settings(config).tie_word_embeddings:
+        return config, state
+    if torch.equal(state[HEAD].to(state[EMBEDDINGS].dtype), state[EMBEDDINGS]):
+        return config, {name: value for name, value in state.items() if name != HEAD}
+    return {**config, "tie_word_embeddings": False}, state
+
+
+def check_weights(model: Any, state: State, file_of: Callable[[str], Path]) -> None:
+    """Whether ``state`` is what ``model``, a skeleton, consists of; a vision tower may be left out as a whole.
+
+    Raises:
+        UserError: weights are missing, too many, or of another shape; ``file_of`` tells which file brings one.
+    """
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if model.config.tie_word_embeddings and HEAD not in state:
+        del wanted[HEAD]
+    if not any(name.startswith(TOWER) for name in state):
+        wanted = {name: shape for name, shape in wanted.items() if not name.startswith(TOWER)}
+    if missing := [name for name in wanted if name not in state]:
+        mend = "download them again"
+        if missing[0].startswith(PROJECTOR):
+            mend = f"the connector is in one of {', '.join(NON_LORA + CONNECTOR)}, or in the LLaVA that a LoRA is for"
+        raise UserError(
+            f"{file_of(missing[0])}: {len(missing)} weights of the model in config.json are missing, first: "
+            f"{missing[0]} {wanted[missing[0]]}; {mend}"
+        )
+    if unknown := [name for name in state if name not in wanted]:
+        raise UserError(
+            f"{file_of(unknown[0])}: {len(unknown)} weights that the model in config.json has not, first: {unknown[0]} "
+            f"{tuple(state[unknown[0]].shape)}; they are another model's"
+        )
+    if wrong := [name for name, shape in wanted.items() if tuple(state[name].shape) != shape]:
+        raise UserError(
+            f"{file_of(wrong[0])}: {len(wrong)} weights do not fit config.json, first: {wrong[0]} has shape "
+            f"{tuple(state[wrong[0]].shape)}, expected {wanted[wrong[0]]}; they are another model's"
+        )
 
 
 def assemble(
@@ -182,44 +270,35 @@ def assemble(
     tower: Path | None = None,
     device_map: Any = None,
     quantization: Quantization | None = None,
+    file_of: Callable[[str], Path] | None = None,
     **kwargs: Any,
 ) -> Any:
     """A model of ``config`` with the weights in ``state``; the tower's come from its folder where ``state`` has none.
 
     Raises:
-        UserError: weights are missing, too many, or of another shape.
+        UserError: weights are missing, too many, or of another shape; ``file_of`` tells which file brings one.
     """
-    model_class = FAMILIES[config["model_type"]][1]
-    settings = model_settings(config)
     if not any(key.startswith(TOWER) for key in state):
         if tower is None:
             raise UserError(
                 f"{source}: no vision tower inside, and mm_vision_tower {config.get('mm_vision_tower')} is missing"
             )
         state = {**state, **read_tower_weights(tower)}
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # its load report; ours is below
+    config, state = settle_head(config, state)
+    check_weights(skeleton(config), state, file_of or (lambda name: source))
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # its load report
     if quantization is not None:
         kwargs |= quantization.options(state)
     if device_map is not None:
         kwargs["device_map"] = device_map
     try:
-        model, info = model_class.from_pretrained(
-            None, config=settings, state_dict=state, dtype=dtype, output_loading_info=True, **kwargs
+        model = FAMILIES[config["model_type"]][1].from_pretrained(
+            None, config=model_settings(config), state_dict=state, dtype=dtype, **kwargs
         )
     except ImportError as error:  # a kernel that is not installed
         wanted = kwargs.get("attn_implementation")
         flag = f"--attn_implementation {wanted}: " if wanted else ""
         raise UserError(f"{flag}{' '.join(str(error).split())}; pass sdpa, or install it") from None
-    except RuntimeError as error:
-        if "size mismatch" not in str(error) and "mismatched" not in str(error):
-            raise
-        raise UserError(f"{source}: weights do not fit config.json ({str(error).splitlines()[-1].strip()})") from None
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ()) if settings.tie_word_embeddings else set()
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(str(key) for key in set(info[what]) - tied)
-        if keys:
-            kind = what.removesuffix("_keys")
-            raise UserError(f"{source}: {len(keys)} {kind} weights for a {model_class.__name__}, first: {keys[0]}")
     if quantization is not None:
         settle(model)
     model.generation_config = GenerationConfig(**generation_settings(source, model.config))
@@ -333,6 +412,15 @@ _UNKNOWN_TO_LOADER = (
 )
 
 
+_ADAPTER_KINDS: dict[str, type | tuple[type, ...]] = {
+    "r": int,
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float),
+    "rank_pattern": dict,
+    "alpha_pattern": dict,
+}
+
+
 def _adapter_settings(model: Any, folder: Path, modules: set[str]) -> Any:
     """``adapter_config.json`` for a LoRA on the ``modules`` of ``model``."""
     from peft import LoraConfig
@@ -352,6 +440,9 @@ def _adapter_settings(model: Any, folder: Path, modules: set[str]) -> Any:
             f"{folder}: a LoRA on {len(absent)} modules that the model has not, first: {absent[0]}; the adapter was "
             "trained on another model"
         )
+    for key, kind in _ADAPTER_KINDS.items():
+        if given.get(key) is not None:
+            field(str(file), given, key, kind)
     patterns = {
         key: {runtime_name(name): value for name, value in (given.get(key) or {}).items()}
         for key in ("rank_pattern", "alpha_pattern")
@@ -424,10 +515,12 @@ def load_pretrained_model(
 
     chain = read_chain(model_path, "--model-path", cache_dir, model_base)
     config, tower = chain.configured()
-    # Into quantized weights a LoRA could be folded only by rounding them once more.
-    state = chain.state(adapter=quantization is not None)
-    model = assemble(config, state, chain.source, dtype, tower, quantization=quantization, **options)
-    if chain.adapter is not None and quantization is None:
+    # Into quantized weights a LoRA could be folded only by rounding them once more; into a head that is the embeddings,
+    # PEFT would fold it twice.
+    fold = quantization is not None or (model_settings(config).tie_word_embeddings and chain.adapts_head)
+    options |= {"quantization": quantization, "file_of": chain.file_of}
+    model = assemble(config, chain.state(adapter=fold), chain.source, dtype, tower, **options)
+    if chain.adapter is not None and not fold:
         model = load_adapter(model, chain.adapter).merge_and_unload()
     if not on_cuda and device not in ("cuda", "cpu"):
         model = model.to(device)

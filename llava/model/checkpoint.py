@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llava.errors import UserError
-from llava.files import atomic_write, publish, read_object, sha256, write_json
+from llava.files import atomic_write, publish, read_object, refuse_pointer, sha256, write_json
 from llava.model.dialects import (
     PROJECTOR,
     TOWER,
@@ -58,16 +58,32 @@ def read_tensors(path: Path) -> State:
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except RuntimeError:  # files from before torch 1.6 cannot be mapped
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        if not _begins_as_pickle(path):
+            raise _damaged(path, error) from None
         raise UserError(
             f"{path}: refused: the pickle holds more than tensors and could run code; convert it to safetensors where "
             "you trust it"
         ) from None
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path}: damaged weight file ({str(error).splitlines()[0]}); download it again") from None
+        raise _damaged(path, error) from None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"{path}: expected a dictionary of tensors")
     return state
+
+
+def _begins_as_pickle(path: Path) -> bool:
+    """Whether the first bytes are those of torch's files, zipped or from before 1.6."""
+    with path.open("rb") as file:
+        return file.read(2).startswith((b"PK", b"\x80"))
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    refuse_pointer(path)
+    why = (str(error).splitlines() or [type(error).__name__])[0]
+    if path.suffix != ".safetensors" and not _begins_as_pickle(path):
+        why = "neither a zip nor a pickle"
+    return UserError(f"{path}: damaged weight file ({why}); download it again")
 
 
 def first_of(folder: Path, names: Iterable[str]) -> Path | None:

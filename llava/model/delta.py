@@ -9,11 +9,10 @@ it likes, but not be changed.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,13 +23,16 @@ import torch
 from llava.errors import UserError, note, warn
 from llava.files import existing, field, read_object
 from llava.model.builder import (
-    FAMILIES,
     check_config,
+    check_weights,
     load_adapter,
     local_folder,
     model_settings,
     read_config,
+    settle_head,
+    skeleton,
     tower_shape,
+    whole_parameters,
     with_tower,
 )
 from llava.model.checkpoint import (
@@ -166,6 +168,20 @@ class Chain:
         return self.newest if self.stages[-1].kind == "lora" else None
 
     @property
+    def adapts_head(self) -> bool:
+        """Whether that LoRA is on the head or the embeddings."""
+        file = first_of(self.adapter, ADAPTER_WEIGHTS) if self.adapter else None
+        modules = tuple(name.removesuffix("weight") + "lora_" for name in (HEAD, EMBEDDINGS))
+        return file is not None and any(name.startswith(modules) for name in tensor_names(file))
+
+    def file_of(self, name: str) -> Path:
+        """The weight file that brings ``name``, else the root's folder."""
+        files = [self.connector] if self.connector else []
+        files += [file for stage in reversed(self.stages) for file in stage.files()]
+        other = self.tower if self.tower and name.startswith(TOWER) else self.root_folder
+        return next((file for file in files if name in tensor_names(file)), other)
+
+    @property
     def changed(self) -> set[str]:
         """Parts that differ from the root's."""
         return set().union({"projector"} if self.connector else (), *(stage.parts() for stage in self.stages[1:]))
@@ -185,6 +201,18 @@ class Chain:
     def root(self) -> Chain:
         """The root without any delta."""
         return Chain(self.stages[:1], self.flag, self.cache_dir, tower=self.tower)
+
+    def below(self) -> Chain:
+        """This chain without the newest delta."""
+        return self._up_to(len(self.stages) - 2)
+
+    @property
+    def name(self) -> str:
+        """What leads to this chain as ``--model-path``: the newest deltas, down to one whose base can be found."""
+        last = len(self.stages) - 1
+        while last and (self.stages[last].card is None or self.stages[last].on != last):
+            last -= 1
+        return ",".join(stage.name for stage in self.stages[last:])
 
     def files(self, without: AbstractSet[str] = frozenset()) -> list[Path]:
         """The weight files that decide the model's numbers, but for deltas that bring only parts ``without``."""
@@ -256,6 +284,8 @@ class Chain:
         for number, stage in enumerate(self.stages[1:], 1):
             self._tell_replaced(number)
             new = stage.tensors()
+            if self._huggingface_root:  # plain PEFT saves these with the rows of its padded base
+                new = cut_rows(new, self.config()["vocab_size"])
             _check_rows(new, state, stage.folder)
             if self.tower and "vision_tower" in stage.parts() and not has_tower(self.root_folder):
                 state = {**read_tower_weights(self.tower), **state}  # a delta holds only what trained of it
@@ -276,10 +306,14 @@ class Chain:
                 f"{self.root_folder}: the names of the weights are of no known format (first: {next(iter(state), '')});"
                 f" expected LLaVA's ({EMBEDDINGS}) or Hugging Face's (language_model.{EMBEDDINGS})"
             )
-        file = self.root_folder / "config.json"
-        if file.is_file() and is_huggingface(read_object(file)):
+        if self._huggingface_root:
             state = cut_rows(state, read_config(self.root_folder, self.flag)["vocab_size"])
         return state
+
+    @property
+    def _huggingface_root(self) -> bool:
+        file = self.root_folder / "config.json"
+        return file.is_file() and is_huggingface(read_object(file))
 
     def _up_to(self, number: int) -> Chain:
         return Chain(self.stages[: number + 1], self.flag, self.cache_dir, tower=self.tower)
@@ -303,11 +337,14 @@ class Chain:
         from peft.tuners.lora import LoraLayer
 
         lora, _ = read_adapter(self.newest)
-        with _whole_parameters():
-            config = self.config() if self.tower else self.configured()[0]
-            config = {**({"mm_vision_config": tower_shape(self.tower)} if self.tower else {}), **config}
-            with torch.device("meta"):
-                model = FAMILIES[config["model_type"]][1](model_settings(config))
+        config = self.config() if self.tower else self.configured()[0]
+        config = {**({"mm_vision_config": tower_shape(self.tower)} if self.tower else {}), **config}
+        # A LoRA on a tied head or on its embeddings is on one of them alone.
+        if HEAD not in state and model_settings(config).tie_word_embeddings:
+            state = {**state, HEAD: state[EMBEDDINGS]}
+        model = skeleton({**config, "tie_word_embeddings": False})
+        check_weights(model, state, self.file_of)
+        with whole_parameters():
             model = load_adapter(model, self.newest)  # checks names and shapes
             for path, layer in model.named_modules():
                 if not isinstance(layer, LoraLayer):
@@ -318,11 +355,11 @@ class Chain:
                         parameter.data = lora[lora_name(f"{path}.{name}")].float()
                 name = f"{runtime_name(path)}.weight"
                 weight = layer.base_layer.weight
-                weight.data = state[name].float()
+                weight.data = state[name].to(torch.float32, copy=True)  # head and embeddings may share their memory
                 layer.merge()
                 state = {**state, name: weight.data.to(state[name].dtype)}
                 layer.to("meta")
-        return state
+        return settle_head(config, state)[1]
 
     def card(self) -> dict[str, Any]:
         """``delta.json`` of a run on this chain, but for its parts."""
@@ -368,19 +405,6 @@ def lay_over(state: State, new: State) -> State:
         if any(key.startswith(prefix) for key in new):
             state = {key: value for key, value in state.items() if not key.startswith(prefix)}
     return {**state, **new}
-
-
-@contextlib.contextmanager
-def _whole_parameters() -> Iterator[None]:
-    """Models made here are ordinary ones, also where ZeRO-3 would partition every new one."""
-    from transformers.integrations import deepspeed
-
-    kept = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = kept
 
 
 def read_chain(name: str, flag: str, cache_dir: str | None = None, base: str | None = None) -> Chain:

@@ -12,24 +12,37 @@ that ``--to hf`` was given.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
-from collections.abc import Callable
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
-from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from transformers import LlamaConfig, PreTrainedTokenizerBase, Qwen2Config
 
 from llava.command_line import OneLineParser, quiet
 from llava.conversation import template
 from llava.errors import UserError, command_line, note
-from llava.files import atomic_folder, read_object, write_json
-from llava.model.builder import FAMILIES, generation_settings, load_image_processor, model_settings
+from llava.files import atomic_folder, leftovers, read_object, write_json
+from llava.model.builder import (
+    FAMILIES,
+    check_weights,
+    generation_settings,
+    load_image_processor,
+    local_folder,
+    model_settings,
+    settle_head,
+    skeleton,
+)
 from llava.model.chat_template import chat_template, turn_opening
 from llava.model.checkpoint import (
     has_weights,
@@ -41,8 +54,18 @@ from llava.model.delta import Chain, read_chain
 from llava.model.dialects import EMBEDDINGS, HEAD, TOWER, State, huggingface_names
 from llava.model.hf_adapter import write_adapter
 from llava.model.hf_tokenizer import save_for_huggingface, save_for_llava
-from llava.model.huggingface import LANGUAGE_MODELS, PREPROCESSOR, PROCESSOR, is_huggingface, rope_settings
+from llava.model.huggingface import (
+    LANGUAGE_MODELS,
+    PREPROCESSOR,
+    PROCESSOR,
+    is_huggingface,
+    rope_of_every_version,
+    rope_settings,
+)
 from llava.tokenization import load_tokenizer
+
+# Bytes of weights in one file.
+SHARD = "5GB"
 
 # Embeddings are in rows of a multiple of this, as in llava-hf's files.
 ROWS = 64
@@ -69,7 +92,7 @@ def parse_args() -> argparse.Namespace:
     add("--out", required=True, help="the folder to write; it must not exist, or be empty")
     add("--conv-mode", help="the conversation of the chat template (default: llava_v1; qwen for Qwen2)")
     add("--no_merge", action="store_true", help="with --to hf: write the LoRA on top by itself, for plain PEFT")
-    add("--max_shard_size", default="5GB", help="weights beyond this are written in several files")
+    add("--max_shard_size", help=f"weights beyond this are written in several files (default: {SHARD})")
     add("--cache_dir", help="the hub's cache")
     return parser.parse()
 
@@ -105,17 +128,20 @@ def read_source(chain: Chain, out: Path) -> Source:
     dtype = on_disk[EMBEDDINGS]
     outside = tower is not None and not any(name.startswith(TOWER) for name in state)
     if outside:
-        config["mm_vision_tower"] = _lasting_name(config["mm_vision_tower"], tower, out)
         state = {**state, **read_tower_weights(tower)}
+    check_weights(skeleton(config), state, chain.file_of)
     state = {name: value.to(on_disk.get(name, dtype)) for name, value in state.items()}
+    named = tower
     if is_huggingface(read_object(chain.root_folder / "config.json")):
         config["mm_vision_tower"] = config.get("mm_vision_tower") or _usual_tower(config)
-        outside = _is_named_tower(config["mm_vision_tower"], state, chain.cache_dir)
-    if config.get("tie_word_embeddings"):
-        state.pop(HEAD, None)  # every loader takes the embeddings
+        named = _named_tower(config["mm_vision_tower"], chain)
+        outside = named is not None and _is_in(named, state)
+    if named is not None:
+        config["mm_vision_tower"] = _lasting_name(config["mm_vision_tower"], named, out)
+    config, state = settle_head(config, state)
     rope = config.pop("rope_parameters", None)  # transformers 5's, which 4 does not know
     return Source(
-        config={**config, **(rope_settings(dict(rope)) if rope else {})},
+        config=rope_of_every_version({**config, **(rope_settings(dict(rope)) if rope else {})}),
         state=state,
         dtype=dtype,
         released_tower=outside,
@@ -132,23 +158,25 @@ def _usual_tower(config: dict[str, Any]) -> str | None:
 
 
 def _lasting_name(name: str, tower: Path, out: Path) -> str:
-    """``mm_vision_tower`` as it leads to the folder ``tower`` from ``out`` too."""
-    near = [Path(name).expanduser(), out / name, out.parent / name]
-    in_cache = tower.parent.name == "snapshots"  # the name is a hub id
-    return name if in_cache or any(place.is_dir() for place in near) else os.path.abspath(tower)
+    """``mm_vision_tower`` as it leads to the folder ``tower`` from ``out`` too, wherever that is read."""
+    if tower.parent.name == "snapshots":  # the name is a hub id
+        return name
+    near = next((place for place in (out / name, out.parent / name) if place.is_dir()), None)
+    return name if near is not None and near.samefile(tower) else os.path.abspath(tower)
 
 
-def _is_named_tower(name: str | None, state: State, cache_dir: str | None) -> bool:
-    """Whether the tower ``name`` is on this machine, and in ``state`` with the same bits."""
-    folder = Path(name or "").expanduser()
-    if name and not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(name, cache_dir=cache_dir, local_files_only=True))
-        except (LocalEntryNotFoundError, HFValidationError):
-            return False
-    if not name or not has_weights(folder):
-        return False
-    named = read_tower_weights(folder)
+def _named_tower(name: str | None, chain: Chain) -> Path | None:
+    """The folder of the tower ``name``, where it is on this machine."""
+    try:
+        folder = local_folder(name or "", "mm_vision_tower", chain.folders, chain.cache_dir, fetch=False)
+    except UserError:
+        return None
+    return folder if has_weights(folder) else None
+
+
+def _is_in(tower: Path, state: State) -> bool:
+    """Whether ``state`` has the tower in the folder ``tower``, bit for bit."""
+    named = read_tower_weights(tower)
     return all(key in state and torch.equal(value.to(state[key].dtype), state[key]) for key, value in named.items())
 
 
@@ -293,10 +321,21 @@ def free_folder(name: str) -> Path:
         UserError: something is there already, or the place cannot be written to.
     """
     out = Path(name).expanduser()
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"--out {name}: the folder is not empty; pass a new one")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {name}: is a file; pass a new folder")
+    if out.is_symlink() or out.name in ("", ".."):
+        out = out.resolve()  # what is written beside it gets its name
+    try:
+        if out.is_dir() and any(out.iterdir()):
+            raise UserError(f"--out {name}: the folder is not empty; pass a new one")
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out {name}: is a file; pass a new folder")
+        if os.path.ismount(out):
+            raise UserError(f"--out {name}: is a mount point, which cannot be renamed; pass a new folder inside it")
+        above = next(place for place in out.absolute().parents if place.exists())
+        os.rmdir(tempfile.mkdtemp(dir=above, prefix=f".{out.name}."))
+    except OSError as error:
+        raise UserError(f"--out {name}: cannot be written ({error.strerror})") from None
+    for folder in leftovers(out):
+        note(f"{folder}: left by an export that was killed, if none is running; delete it")
     return out
 
 
@@ -306,7 +345,7 @@ def write_whole(out: Path, needed: int, write: Callable[[Path], None]) -> None:
     Raises:
         UserError: no space, or no leave to write there.
     """
-    above = next(folder for folder in out.absolute().parents if folder.is_dir())
+    above = next(place for place in out.absolute().parents if place.exists())
     free = shutil.disk_usage(above).free
     if free < needed:
         raise UserError(f"--out {out}: needs {size(needed)}, but {size(free)} are free; pass a folder on another disk")
@@ -328,12 +367,48 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"{flag} is for --to hf; leave it out, or pass --to hf")
     if args.no_merge and args.conv_mode:
         raise UserError("--conv-mode: an adapter has no chat template; leave it out")
+    if args.no_merge and args.max_shard_size:
+        raise UserError("--max_shard_size: an adapter is written in one file; leave it out")
     if args.conv_mode:
         chat_template(template(args.conv_mode, "--conv-mode"), args.conv_mode)
     try:
-        split_torch_state_dict_into_shards({}, max_shard_size=args.max_shard_size)
+        split_torch_state_dict_into_shards({}, max_shard_size=args.max_shard_size or SHARD)
+        positive = args.max_shard_size is None or float(args.max_shard_size.strip()[:-2]) > 0
     except ValueError:
-        raise UserError(f"--max_shard_size {args.max_shard_size}: expected a size such as 5GB or 500MB") from None
+        positive = False
+    if not positive:
+        raise UserError(f"--max_shard_size {args.max_shard_size}: expected a size such as 5GB or 500MB")
+
+
+def _below(chain: Chain) -> str:
+    """What a LoRA on top of ``chain`` lies over, by the name that its configuration gets.
+
+    Raises:
+        UserError: no LoRA, or a language model below, which sees no pictures.
+    """
+    adapter = chain.adapter
+    if adapter is None:
+        raise UserError(f"--no_merge: {chain.newest} is no LoRA; leave it out")
+    below = chain.below()
+    if below.blank:
+        raise UserError(f"--no_merge: {adapter} lies over a language model, which is no LLaVA; leave out --no_merge")
+    return below.name
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    print("interrupted; nothing was written", file=sys.stderr, flush=True)
+    raise SystemExit(128 + number)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end in one line and leave nothing half-written."""
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @command_line
@@ -342,25 +417,29 @@ def main() -> None:
     _check_flags(args)
     out = free_folder(args.out)
     quiet()
+    with _interruptible():
+        export(args, out)
+
+
+def export(args: argparse.Namespace, out: Path) -> None:
+    """Write what the flags name to ``out``."""
     chain = read_chain(args.model_path, "--model-path", args.cache_dir, args.model_base)
+    shard = args.max_shard_size or SHARD
     if args.to == "hf":
         refuse_inexpressible(chain.config(), f"--model-path {args.model_path}")
     if args.no_merge:
-        base = args.model_base or chain.stages[-2].name if chain.adapter else ""
-        if not base:
-            raise UserError(f"--no_merge: {chain.newest} is no LoRA; leave it out")
-        layers = chain.config()["num_hidden_layers"]
-        write_whole(out, 0, lambda folder: write_adapter(chain.adapter, layers, base, folder))
+        base = _below(chain)
+        write_whole(out, 0, lambda folder: write_adapter(chain.adapter, chain.config(), base, folder))
         what, load = "a LoRA", f"PeftModel.from_pretrained(model, {str(out)!r}) over what --to hf makes of {base}"
     else:
         source = read_source(chain, out)
         needed, what = sum(value.nbytes for value in source.state.values()), _dtype_name(source.dtype)
         if args.to == "hf":
             conv_mode = args.conv_mode or DEFAULT_TEMPLATES[source.language_model]
-            write_whole(out, needed, lambda folder: write_huggingface(source, folder, conv_mode, args.max_shard_size))
+            write_whole(out, needed, lambda folder: write_huggingface(source, folder, conv_mode, shard))
             load = f"LlavaForConditionalGeneration.from_pretrained({str(out)!r})"
         else:
-            write_whole(out, needed, lambda folder: write_original(source, folder, args.max_shard_size))
+            write_whole(out, needed, lambda folder: write_original(source, folder, shard))
             load = f"load_pretrained_model({str(out)!r}, None)"
     written = sum(file.stat().st_size for file in out.iterdir())
     print(f"{out}: {size(written)}, {what}; load it with {load}", flush=True)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from llava.errors import UserError
 from llava.files import read_object, write_json
-from llava.model.checkpoint import ADAPTER_WEIGHTS, read_adapter, write_tensors
+from llava.model.builder import load_adapter, skeleton
+from llava.model.checkpoint import ADAPTER_WEIGHTS, assign, read_adapter, write_tensors
 from llava.model.dialects import PROJECTOR
+from llava.model.multimodal_projector.builder import build_vision_projector
 
 CONNECTOR_MODULE = "multi_modal_projector"
 
@@ -27,11 +30,11 @@ def module_name(name: str) -> str:
     return _MODULES.get(prefix, "") + name.removeprefix(prefix)
 
 
-def write_adapter(adapter: Path, layers: int, base: str, folder: Path) -> None:
-    """Write the LoRA in ``adapter`` (and the connector with it) to ``folder``, for a ``base`` of so many ``layers``.
+def write_adapter(adapter: Path, config: dict[str, Any], base: str, folder: Path) -> None:
+    """Write the LoRA in ``adapter`` (and the connector with it) to ``folder``, for a ``base`` of ``config``.
 
     Raises:
-        UserError: it is of a kind, or brings a part, for which there is no place.
+        UserError: it is of a kind, or brings a part, for which there is no place, or does not fit ``config``.
     """
     settings = read_object(adapter / "adapter_config.json")
     lora, others = read_adapter(adapter)
@@ -42,15 +45,24 @@ def write_adapter(adapter: Path, layers: int, base: str, folder: Path) -> None:
             f"--no_merge: {adapter} brings {strange[0]}, and only LoRA weights of the language model and the connector "
             "can be written by themselves; leave out --no_merge"
         )
+    model = skeleton(config)
+    if model.model.mm_projector is None:  # config does not know the tower's shape, which a LoRA has no part in
+        model.model.mm_projector = build_vision_projector(model.config)
+    assign(model, others, adapter)
+    load_adapter(model, adapter)
     modules = {name.rsplit(".lora_", 1)[0] for name in lora}
     inside = {re.sub(r"^model\.layers\.\d+\.", "", name) for name in modules}
     leaves = "|".join(sorted({name.rsplit(".", 1)[-1] for name in inside}))
-    everywhere = modules == {f"model.layers.{layer}.{name}" for layer in range(layers) for name in inside}
+    everywhere = modules == {
+        f"model.layers.{layer}.{name}" for layer in range(model.config.num_hidden_layers) for name in inside
+    }
     settings.update(
         base_model_name_or_path=base,
         # Leaf names alone would also match the vision tower's.
         target_modules=rf".*language_model.*\.({leaves})" if everywhere else sorted(map(module_name, modules)),
         exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
         modules_to_save=[CONNECTOR_MODULE] if others else None,
     )
     for key in ("rank_pattern", "alpha_pattern"):

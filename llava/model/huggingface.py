@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from transformers.models.llava import LlavaConfig
 
 from llava.errors import UserError
-from llava.files import read_object
+from llava.files import field, read_object
 from llava.model.dialects import EMBEDDINGS, HEAD, State
 from llava.tokenization import HUGGINGFACE_TOKENS, added_tokens, vocabulary_size
 
@@ -62,6 +62,8 @@ def original_config(config: dict[str, Any], folder: Path, flag: str) -> dict[str
     """
     where = f"{flag} {folder}"
     _check_kind(config, where)
+    if config.get("pad_token_id") is not None:
+        field(str(folder / "config.json"), config, "pad_token_id", int)
     try:
         parsed = LlavaConfig.from_dict(config)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
@@ -134,6 +136,17 @@ def rope_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """transformers 5's ``rope_parameters`` as ``rope_theta`` and ``rope_scaling``, which every version reads."""
     theta = settings.pop("rope_theta")
     return {"rope_theta": theta, "rope_scaling": None if settings.get("rope_type") == "default" else settings}
+
+
+def rope_of_every_version(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` with ``rope_scaling`` as transformers 4.31 wants it too: of two keys, or none."""
+    scaling = dict(config.get("rope_scaling") or {})
+    theta = scaling.pop("rope_theta", None)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind in ("linear", "dynamic"):
+        scaling = {"type": kind, "factor": scaling.get("factor")}
+    config = {**config, "rope_scaling": None if kind == "default" else scaling} if scaling else config
+    return {"rope_theta": theta, **config} if theta is not None else config
 
 
 def _pad(config: dict[str, Any], text: PreTrainedConfig, rows: int) -> int | None:

@@ -223,7 +223,7 @@ class LlavaMetaForCausalLM:
         )
 
     def _check_ids(self, input_ids: torch.Tensor, keep: torch.Tensor) -> None:
-        rows = self.get_input_embeddings().num_embeddings
+        rows = self.config.vocab_size
         bad = keep & (input_ids != IMAGE_TOKEN_INDEX) & ((input_ids < 0) | (input_ids >= rows))
         if bad.any():
             b, position = bad.nonzero()[0].tolist()

@@ -145,8 +145,10 @@ class ModelPlan:
         return self._assemble(self.base_config(), self.base_state(), self.folder)
 
     def _assemble(self, config: dict[str, Any], state: State, source: Path) -> Any:
-        options = {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
-        return assemble(config, state, source, self.dtype, self.tower, quantization=self.quantization, **options)
+        options: dict[str, Any] = {"quantization": self.quantization, "file_of": self.chain.file_of}
+        if self.attn_implementation:
+            options["attn_implementation"] = self.attn_implementation
+        return assemble(config, state, source, self.dtype, self.tower, **options)
 
 
 def _with_head(state: State, config: dict[str, Any]) -> State:
