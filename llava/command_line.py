@@ -6,6 +6,7 @@ import argparse
 import difflib
 import logging
 import os
+import sys
 import warnings
 from typing import NoReturn
 
@@ -24,8 +25,15 @@ class OneLineParser(OneLineErrors, argparse.ArgumentParser):
     """The parser of the evaluation scripts."""
 
     def parse(self) -> argparse.Namespace:
-        """The command line; unknown flags are refused with the nearest known one."""
-        args, rest = self.parse_known_args()
+        """The command line; unknown flags are refused with the nearest known one.
+
+        Dashes and underscores are the same in a flag's name, as in the training scripts.
+        """
+        known = {option.replace("_", "-"): option for action in self._actions for option in action.option_strings}
+        given = [arg.split("=", 1) for arg in sys.argv[1:]]
+        args, rest = self.parse_known_args(
+            ["=".join([known.get(name.replace("_", "-"), name), *value]) for name, *value in given]
+        )
         refuse_unknown(self, rest)
         return args
 

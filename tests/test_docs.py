@@ -97,6 +97,10 @@ def parse_training(script: str, argv: list[str], folder: Path) -> tuple:
             stub = folder / argv[argv.index(flag) + 1]
             stub.parent.mkdir(parents=True, exist_ok=True)
             stub.touch()
+    if "--lora_weight_path" in argv:
+        adapter = folder / argv[argv.index("--lora_weight_path") + 1]
+        adapter.mkdir(parents=True)
+        (adapter / "adapter_config.json").write_text('{"r": 128, "lora_alpha": 256}')
     return parsing.parse(TRAINING[script], argv)
 
 

@@ -178,6 +178,7 @@ def test_best_checkpoint_held_out_pairs_and_resuming_on_two_processes(golden, tm
     assert len(json.loads((killed / "run.json").read_text())["earlier"]) == 1
 
 
+@pytest.mark.slow
 def test_a_whole_model_trains_under_zero3_with_a_partitioned_reference(golden, tmp_path):
     flags = SMALL.format(golden=golden, out=tmp_path / "z3", batch=2).replace("--lora_enable True", "").split()
     launch(

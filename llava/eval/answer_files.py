@@ -2,17 +2,19 @@
 
 pope_random.KEY.part0.jsonl   first line {"key": ...}, a hash of what the answers depend on; then an answer a line
 pope_random.jsonl             all of them in the order of the questions, written at once when the last one is there
+pope_random.earlier.jsonl     what that file held before, where it was something else
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from llava.errors import UserError
+from llava.errors import UserError, note
 from llava.files import atomic_write, whole_lines
 
 
@@ -58,8 +60,13 @@ class AnswerFile:
         merged = [rows[number] for number in order if number in rows]
         self.barrier()
         if self.rank == 0:
+            text = "".join(map(_line, merged))
+            if self.path.is_file() and self.path.read_text(encoding="utf-8") != text:
+                earlier = self.path.with_name(f"{self.path.stem}.earlier.jsonl")
+                os.replace(self.path, earlier)
+                note(f"{self.path} held other answers, of an earlier run; they are kept in {earlier.name}")
             with atomic_write(self.path) as file:
-                file.writelines(_line(row) for row in merged)
+                file.write(text)
             for part in parts:
                 part.unlink()
         self.barrier()

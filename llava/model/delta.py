@@ -453,7 +453,18 @@ def with_adapter(chain: Chain, name: str, flag: str) -> Chain:
             f"{flag} {name} changes the vision tower (first: {moved[0]}), which does not go on training; make a whole "
             "model of it first: python -m llava.model.export"
         )
+    _tell_other_base(stage, chain)
     return Chain((*chain.stages, stage), flag, chain.cache_dir)
+
+
+def _tell_other_base(stage: Stage, below: Chain) -> None:
+    """A LoRA of other programs says what it was trained on by name alone, which may since be another."""
+    if stage.kind != "lora" or stage.card is not None:
+        return
+    said = read_object(stage.folder / "adapter_config.json").get("base_model_name_or_path")
+    names = {Path(name).name for other in below.stages for name in (other.name, other.folder)}
+    if isinstance(said, str) and said and Path(said).name not in names:
+        _say_once(f"{stage.folder} was trained on {said} (its adapter_config.json), and is put on {below.newest}")
 
 
 def split_names(name: str) -> list[str]:
@@ -491,6 +502,7 @@ class _Reader:
             return Chain((stage,), self.flag, self.cache_dir)
         below = chain or self._base(stage, name, (*above, folder.resolve()))
         stage = replace(stage, on=_stands_on(below, stage, self.flag))
+        _tell_other_base(stage, below)
         return Chain((*below.stages, stage), self.flag, self.cache_dir)
 
     def _base(self, stage: Stage, name: str, above: Sequence[Path]) -> Chain:

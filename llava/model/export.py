@@ -441,6 +441,8 @@ def export(args: argparse.Namespace, out: Path) -> None:
         else:
             write_whole(out, needed, lambda folder: write_original(source, folder, shard))
             load = f"load_pretrained_model({str(out)!r}, None)"
+            if "llava" not in out.name.lower():
+                note(f"LLaVA's own loader takes a folder for a LLaVA by 'llava' in its name, which {out.name} has not")
     written = sum(file.stat().st_size for file in out.iterdir())
     print(f"{out}: {size(written)}, {what}; load it with {load}", flush=True)
 

@@ -453,6 +453,7 @@ class DPOTrainingArguments(LlavaTrainingArguments):
             )
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        self.loss_type = [name for listed in self.loss_type for name in listed.split(",") if name]
         types = " ".join(self.loss_type)
         for name in self.loss_type:
             if name not in LOSSES:

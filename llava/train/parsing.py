@@ -13,8 +13,8 @@ from transformers.trainer_utils import IntervalStrategy
 
 from llava.command_line import OneLineErrors, refuse_unknown
 from llava.errors import UserError, note
-from llava.files import existing, read_object
 from llava.files import field as field_of
+from llava.files import read_object
 from llava.model.builder import local_folder
 
 # What HA-DPO has not, by the value that leaves it out.
@@ -108,7 +108,12 @@ def _settle_adapter(train_args: TrainingArguments, given: set[str]) -> None:
         return
     folder = local_folder(train_args.lora_weight_path, "--lora_weight_path", cache_dir=train_args.cache_dir)
     train_args.lora_weight_path = os.path.abspath(folder)
-    source = existing(Path(train_args.lora_weight_path) / "adapter_config.json", "--lora_weight_path")
+    source = Path(folder) / "adapter_config.json"
+    if not source.is_file():
+        raise UserError(
+            f"--lora_weight_path {folder}: no {source.name}, so it is no LoRA; pass a whole model as "
+            "--model_name_or_path, a connector as --pretrain_mm_mlp_adapter"
+        )
     settings = read_object(source)
     for flag, key in (("lora_r", "r"), ("lora_alpha", "lora_alpha")):
         own = field_of(str(source), settings, key, (int, float))
