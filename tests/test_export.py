@@ -368,7 +368,8 @@ def test_a_lora_on_a_tied_head_or_its_embeddings_parts_them(tmp_path, target):
     torch.manual_seed(0)
     model = load_pretrained_model(str(base), None)[1]
     assert model.lm_head.weight is model.get_input_embeddings().weight
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         settings = LoraConfig(r=4, target_modules=[target], exclude_modules=LORA_EXCLUDED)
         model = get_peft_model(model, settings).eval()
         for name, parameter in model.named_parameters():
