@@ -9,6 +9,7 @@ import importlib.util
 import json
 import pickle
 import shutil
+import sys
 
 import pytest
 import torch
@@ -685,3 +686,14 @@ def test_an_adapter_that_could_run_code(pope, refused, golden, lora):
 
 def test_a_batch_of_nothing(pope, refused):
     refused(pope(batch_size=0), "--batch_size")
+
+
+def test_dashes_and_underscores_are_the_same_in_a_flag(monkeypatch):
+    from llava.command_line import OneLineParser
+
+    parser = OneLineParser(allow_abbrev=False)
+    parser.add_argument("--model-path", required=True)
+    parser.add_argument("--batch_size", type=int)
+    for argv in (["--model_path", "a_b-c", "--batch-size=3"], ["--model-path=a_b-c", "--batch_size", "3"]):
+        monkeypatch.setattr(sys, "argv", ["script", *argv])
+        assert vars(parser.parse()) == {"model_path": "a_b-c", "batch_size": 3}

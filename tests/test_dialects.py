@@ -694,3 +694,15 @@ def test_pickles_that_could_run_code(golden, tmp_path, capsys, name):
     with pytest.raises(UserError, match=f"{name}: refused: .*could run code"):
         load_pretrained_model(str(folder), str(golden / "tiny-llava-original"))
     assert "arbitrary code ran" not in capsys.readouterr().out
+
+
+def test_a_lora_that_names_another_base_is_told(golden, tmp_path, capsys):
+    from llava.model.delta import read_chain
+
+    lora = shutil.copytree(golden / "tiny-llava-lora", tmp_path / "lora")
+    read_chain(str(lora), "--model-path", None, str(golden / "tiny-llava-original"))
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        read_chain(str(lora), "--model-path", None, str(golden / "tiny-vicuna"))
+    told = f"note: {lora} was trained on tiny-llava-original (its adapter_config.json), and is put on "
+    assert capsys.readouterr().err.count(told) == 1

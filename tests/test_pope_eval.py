@@ -424,3 +424,17 @@ def test_answers_go_into_the_checkpoint_by_default(tmp_path):
     assert output_dir(str(tmp_path), None) == tmp_path / "pope"
     assert str(output_dir("liuhaotian/llava-v1.5-7b", None)) == "pope_results/llava-v1.5-7b"
     assert str(output_dir(str(tmp_path), "elsewhere")) == "elsewhere"
+
+
+def test_answers_of_an_earlier_run_are_kept(tmp_path, capsys):
+    from llava.eval.answer_files import AnswerFile
+
+    path = tmp_path / "pope_random.jsonl"
+    for settings, answer in (("a", "Yes"), ("b", "No"), ("b", "No")):
+        file = AnswerFile(path, {"settings": settings}, 0, lambda: None)
+        file.resume()
+        file.append([{"question_id": 1, "answer": answer}])
+        file.merge([1])
+    kept = tmp_path / "pope_random.earlier.jsonl"
+    assert [json.loads(f.read_text())["answer"] for f in (kept, path)] == ["Yes", "No"]
+    assert capsys.readouterr().err.count("kept in pope_random.earlier.jsonl") == 1

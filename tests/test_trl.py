@@ -136,3 +136,10 @@ def test_flags_that_do_not_fit_are_refused(run_script, dpo_flags, flags, message
 def test_robust_without_smoothing_is_noted(run_script, dpo_flags, tmp_path):
     code, _, err = run_script("train_dpo", *dpo_flags, "--loss_type", "robust", "--vg_path", tmp_path / "none")
     assert code == 2 and "note: --loss_type robust is sigmoid where --label_smoothing is 0" in err
+
+
+def test_commas_part_losses_too():
+    from llava.train.arguments import DPOTrainingArguments
+
+    args = DPOTrainingArguments(report_to="none", loss_type=["sigmoid,sft", "ipo"])
+    assert (args.loss_type, args.loss_weights) == (["sigmoid", "sft", "ipo"], [1.0, 1.0, 1.0])
