@@ -406,7 +406,7 @@ def test_what_peft_can_make_of_a_lora_is_read_as_peft_has_it(recorded, loaded, t
 
 
 def test_an_adapter_of_leaf_names_keeps_them_and_trains(golden, huggingface_base):
-    from llava.model.builder import LORA_EXCLUDED, load_adapter
+    from llava.model.adapter import LORA_EXCLUDED, load_adapter
 
     model = load_pretrained_model(str(huggingface_base), None)[1]
     settings = load_adapter(model, golden / "tiny-llava-lora", trainable=True).peft_config["default"]

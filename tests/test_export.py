@@ -28,7 +28,8 @@ from llava.errors import UserError
 from llava.eval.answer import Answerer, Question
 from llava.mm_utils import tokenizer_image_token
 from llava.model import export
-from llava.model.builder import LORA_EXCLUDED, load_pretrained_model
+from llava.model.adapter import LORA_EXCLUDED
+from llava.model.builder import load_pretrained_model
 from llava.model.chat_template import chat_template
 from llava.model.checkpoint import read_model_weights
 from llava.model.delta import read_chain

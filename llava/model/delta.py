@@ -22,10 +22,10 @@ import torch
 
 from llava.errors import UserError, note, warn
 from llava.files import existing, field, read_object
+from llava.model.adapter import load_adapter
 from llava.model.builder import (
     check_config,
     check_weights,
-    load_adapter,
     local_folder,
     model_settings,
     read_config,

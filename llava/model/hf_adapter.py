@@ -8,7 +8,8 @@ from typing import Any
 
 from llava.errors import UserError
 from llava.files import read_object, write_json
-from llava.model.builder import load_adapter, skeleton
+from llava.model.adapter import load_adapter
+from llava.model.builder import skeleton
 from llava.model.checkpoint import ADAPTER_WEIGHTS, assign, read_adapter, write_tensors
 from llava.model.dialects import PROJECTOR
 from llava.model.multimodal_projector.builder import build_vision_projector

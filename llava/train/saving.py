@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from llava.files import write_json
-from llava.model.builder import fill_adapter
+from llava.model.adapter import fill_adapter
 from llava.model.checkpoint import (
     ADAPTER_WEIGHTS,
     CONNECTOR,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from llava.errors import UserError, note
-from llava.model.builder import LORA_EXCLUDED, load_adapter
+from llava.model.adapter import LORA_EXCLUDED, load_adapter
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.quantization import full_size
 
