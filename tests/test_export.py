@@ -310,18 +310,16 @@ def test_rows_of_a_padded_base_are_cut(huggingface, tmp_path):
         assert torch.equal(found[f"{name}.weight"], 2 * weights[f"language_model.{name}.weight"][:2000])
 
 
-def named_base(folder):
-    return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-
-
-def test_an_unmerged_lora_names_what_it_lies_over(tmp_path, run_script):
+def test_an_unmerged_lora_names_what_it_lies_over(tmp_path, run_script, capsys):
     base, _, config = original_in(tmp_path / "base", torch.float32)
     lora = GOLDEN / "tiny-llava-lora"
     layers = {"layers_to_transform": [0, 1], "layers_pattern": "layers"}
     settings = json.loads((lora / "adapter_config.json").read_text())
 
     def unmerged(out, *flags):
-        return exported(tmp_path / out, "--no_merge", *flags)
+        folder = exported(tmp_path / out, "--no_merge", *flags)
+        assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+        return folder, capsys.readouterr().out.strip().rpartition("over what --to hf makes of ")[2]
 
     head, carded = tmp_path / "head", shutil.copytree(lora, tmp_path / "carded")
     head.mkdir()
@@ -331,14 +329,13 @@ def test_an_unmerged_lora_names_what_it_lies_over(tmp_path, run_script):
         card = read_chain(str(below), "--model-path").card()
         (folder / "delta.json").write_text(json.dumps({**card, "parts": parts}))
     (carded / "adapter_config.json").write_text(json.dumps({**settings, **layers}))
-    out = unmerged("a", "--model-path", carded, "--model-base", base)
-    assert named_base(out) == str(head)
+    out, named = unmerged("a", "--model-path", carded, "--model-base", base)
+    assert named == str(head)
     written = json.loads((out / "adapter_config.json").read_text())
     assert [written[key] for key in layers] == [None, None]  # PEFT takes neither beside a pattern
-    assert named_base(unmerged("b", "--model-path", lora, "--model-base", base)) == str(base)
+    assert unmerged("b", "--model-path", lora, "--model-base", base)[1] == str(base)
     connector, vicuna = GOLDEN / "tiny-llava-pretrain", GOLDEN / "tiny-vicuna"
-    out = unmerged("c", "--model-path", f"{connector},{lora}", "--model-base", vicuna)
-    assert named_base(out) == f"{vicuna},{connector}"
+    assert unmerged("c", "--model-path", f"{connector},{lora}", "--model-base", vicuna)[1] == f"{vicuna},{connector}"
 
     other = delta_with(
         tmp_path / "other",

@@ -429,7 +429,7 @@ def export(args: argparse.Namespace, out: Path) -> None:
         refuse_inexpressible(chain.config(), f"--model-path {args.model_path}")
     if args.no_merge:
         base = _below(chain)
-        write_whole(out, 0, lambda folder: write_adapter(chain.adapter, chain.config(), base, folder))
+        write_whole(out, 0, lambda folder: write_adapter(chain.adapter, chain.config(), folder))
         what, load = "a LoRA", f"PeftModel.from_pretrained(model, {str(out)!r}) over what --to hf makes of {base}"
     else:
         source = read_source(chain, out)

@@ -31,8 +31,8 @@ def module_name(name: str) -> str:
     return _MODULES.get(prefix, "") + name.removeprefix(prefix)
 
 
-def write_adapter(adapter: Path, config: dict[str, Any], base: str, folder: Path) -> None:
-    """Write the LoRA in ``adapter`` (and the connector with it) to ``folder``, for a ``base`` of ``config``.
+def write_adapter(adapter: Path, config: dict[str, Any], folder: Path) -> None:
+    """Write the LoRA in ``adapter`` (and the connector with it) to ``folder``, for a base of ``config``.
 
     Raises:
         UserError: it is of a kind, or brings a part, for which there is no place, or does not fit ``config``.
@@ -58,7 +58,9 @@ def write_adapter(adapter: Path, config: dict[str, Any], base: str, folder: Path
         f"model.layers.{layer}.{name}" for layer in range(model.config.num_hidden_layers) for name in inside
     }
     settings.update(
-        base_model_name_or_path=base,
+        # Where the base lies in Hugging Face's format is not known here. By the name of LLaVA's, transformers would
+        # build a model of its own defaults, which have 7 billion weights.
+        base_model_name_or_path=None,
         # Leaf names alone would also match the vision tower's.
         target_modules=rf".*language_model.*\.({leaves})" if everywhere else sorted(map(module_name, modules)),
         exclude_modules=None,
