@@ -56,12 +56,21 @@ def fill_adapter(model: Any, weights: State, folder: Path) -> None:
 
 # What PEFT can do to a LoRA beyond what its weights say and this loader gives them back to.
 _UNKNOWN_TO_LOADER = (
-    *("megatron_config", "layer_replication", "trainable_token_indices", "target_parameters", "use_qalora"),
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
     "lora_bias",
-    *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "velora_config"),
+    "megatron_config",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
 )
 
-
+# Of adapter_config.json what PEFT would take in any other kind, and fail on later.
 _ADAPTER_KINDS: dict[str, type | tuple[type, ...]] = {
     "r": int,
     "lora_alpha": (int, float),

@@ -55,6 +55,9 @@ FAMILIES: dict[str, tuple[type, type]] = {
     "llava_qwen2": (LlavaQwen2Config, LlavaQwen2ForCausalLM),
 }
 
+# What a config.json says about the file and not about the model.
+FILE_KEYS = {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path"}
+
 
 def local_folder(
     name_or_path: str, flag: str, near: Sequence[Path] = (), cache_dir: str | None = None, fetch: bool = True
@@ -189,9 +192,8 @@ def tower_shape(tower: Path) -> dict[str, Any]:
 
 def model_settings(config: dict[str, Any]) -> Any:
     """``config.json`` as the model's own class of configuration, without what belongs to the file."""
-    skipped = ("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path")
     # A copy: transformers writes into the rope_scaling that it is given.
-    settings = copy.deepcopy({key: value for key, value in config.items() if key not in skipped})
+    settings = copy.deepcopy({key: value for key, value in config.items() if key not in FILE_KEYS})
     return FAMILIES[config["model_type"]][0](**settings)
 
 

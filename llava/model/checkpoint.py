@@ -31,7 +31,6 @@ from llava.model.dialects import (
     TOWER,
     State,
     lora_name,
-    original_names,
     runtime_name,
     runtime_names,
 )
@@ -41,6 +40,8 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA = ("non_lora_trainables.bin", "non_lora_trainables.safetensors")
 CONNECTOR = ("mm_projector.bin", "mm_projector.safetensors")
 DELTA = "delta.safetensors"
+
+SHARD = "5GB"  # of weights in one file, at most
 
 
 def read_tensors(path: Path) -> State:
@@ -245,12 +246,11 @@ def write_tensors(path: Path, state: State) -> None:
     publish(temporary, path)
 
 
-def write_model_weights(folder: Path, state: State, max_shard_size: str = "5GB") -> list[str]:
-    """A whole model as safetensors, in shards with an index where it is large; names as LLaVA's own code reads them.
+def write_model_weights(folder: Path, state: State, max_shard_size: str = SHARD) -> list[str]:
+    """A whole model as safetensors, in shards with an index where it is large; names are written as they are.
 
     Returns the names of the files written.
     """
-    state = original_names(state)
     plan = split_torch_state_dict_into_shards(
         state, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from llava.errors import UserError, note, warn
-from llava.files import existing, field, read_object
+from llava.files import field, read_object
 from llava.model.adapter import load_adapter
 from llava.model.builder import (
     check_config,
@@ -275,12 +275,12 @@ class Chain:
                 )
         return config, self.tower
 
-    def state(self, adapter: bool = True) -> State:
+    def state(self, adapter: bool = True, root: State | None = None) -> State:
         """All weights, but for those of a tower outside, in their dtypes on disk; LoRA weights are folded in.
 
-        ``adapter`` False leaves out a LoRA on top.
+        ``adapter`` False leaves out a LoRA on top; ``root`` are the root's weights where they are read already.
         """
-        state = self._root_state()
+        state = self._root_state() if root is None else root
         for number, stage in enumerate(self.stages[1:], 1):
             self._tell_replaced(number)
             new = stage.tensors()
@@ -440,7 +440,6 @@ def with_adapter(chain: Chain, name: str, flag: str) -> Chain:
         UserError: it was trained on something else, or changes the vision tower.
     """
     folder = local_folder(name, flag, cache_dir=chain.cache_dir)
-    existing(folder / "adapter_config.json", flag)
     stage = Stage(folder, _recorded_name(name), "lora", _read_card(folder), len(chain.stages))
     if stage.card is not None and stage.base["sha256"] != chain.hashes[-1]:
         raise UserError(

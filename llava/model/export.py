@@ -35,6 +35,7 @@ from llava.errors import UserError, command_line, note
 from llava.files import atomic_folder, leftovers, read_object, write_json
 from llava.model.builder import (
     FAMILIES,
+    FILE_KEYS,
     check_weights,
     generation_settings,
     load_image_processor,
@@ -44,14 +45,9 @@ from llava.model.builder import (
     skeleton,
 )
 from llava.model.chat_template import chat_template, turn_opening
-from llava.model.checkpoint import (
-    has_weights,
-    read_model_weights,
-    read_tower_weights,
-    write_model_weights,
-)
+from llava.model.checkpoint import SHARD, has_weights, read_tower_weights, write_model_weights
 from llava.model.delta import Chain, read_chain
-from llava.model.dialects import EMBEDDINGS, HEAD, TOWER, State, huggingface_names
+from llava.model.dialects import EMBEDDINGS, HEAD, TOWER, State, huggingface_names, original_names
 from llava.model.hf_adapter import write_adapter
 from llava.model.hf_tokenizer import save_for_huggingface, save_for_llava
 from llava.model.huggingface import (
@@ -64,14 +60,8 @@ from llava.model.huggingface import (
 )
 from llava.tokenization import load_tokenizer
 
-# Bytes of weights in one file.
-SHARD = "5GB"
-
 # Embeddings are in rows of a multiple of this, as in llava-hf's files.
 ROWS = 64
-
-# What a config.json says about the file and not about the model.
-FILE_KEYS = {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path"}
 
 # The tower of all released LLaVA-1.5, which a config of Hugging Face's does not name.
 CLIP_L_336 = "openai/clip-vit-large-patch14-336"
@@ -123,8 +113,9 @@ def read_source(chain: Chain, out: Path) -> Source:
         UserError: something of it cannot be read.
     """
     config, tower = chain.configured()
-    state = chain.state()
-    on_disk = {name: value.dtype for name, value in read_model_weights(chain.root_folder).items()}
+    root = chain.root().state()
+    state = chain.state(root=root)
+    on_disk = {name: value.dtype for name, value in root.items()}
     dtype = on_disk[EMBEDDINGS]
     outside = tower is not None and not any(name.startswith(TOWER) for name in state)
     if outside:
@@ -307,7 +298,7 @@ def write_original(source: Source, folder: Path, max_shard_size: str) -> None:
     write_json(folder / "generation_config.json", source.generation)
     source.tokenizer.padding_side = config.get("tokenizer_padding_side") or "right"
     save_for_llava(source.tokenizer, folder)
-    write_model_weights(folder, state, max_shard_size)
+    write_model_weights(folder, original_names(state), max_shard_size)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -381,7 +372,7 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def _below(chain: Chain) -> str:
-    """What a LoRA on top of ``chain`` lies over, by the name that its configuration gets.
+    """What a LoRA on top of ``chain`` lies over, by a name that leads to it.
 
     Raises:
         UserError: no LoRA, or a language model below, which sees no pictures.

@@ -27,7 +27,7 @@ from llava.model.checkpoint import (
     write_tensors,
 )
 from llava.model.delta import DELTA_CARD, saves_delta
-from llava.model.dialects import State, runtime_names
+from llava.model.dialects import State, original_names, runtime_names
 from llava.train.trainable import part_of
 
 PEFT_PREFIX = "base_model.model."
@@ -72,7 +72,7 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     held = {part_of(name) for name in state}
     if whole:
-        written = write_model_weights(folder, state)
+        written = write_model_weights(folder, original_names(state))
     else:
         if "lora" in parts:
             written = _save_adapter(model, state, folder)
