@@ -20,17 +20,20 @@ def main() -> None:
 
     from llava.data.captions import Captions
     from llava.data.preferences import PreferencePairs, read_preferences
+    from llava.distributed import read_world, say_device
     from llava.run_card import RunCard
+    from llava.status import Status
     from llava.train.arguments import DPOTrainingArguments, ModelArguments, PreferenceArguments
     from llava.train.build import check_resumed, collator, example_builder, plan_model
     from llava.train.caches import feature_folder
+    from llava.train.checkpoints import checkpoint_to_resume
     from llava.train.hidden_cache import hidden_cache
     from llava.train.parsing import as_dict, parse
     from llava.train.reference import SharedReference, choose_reference
     from llava.train.reference_cache import chosen_cache
     from llava.train.sampler import samples_of_whole_steps
     from llava.train.trainable import choose_parts, put_lora, switch_on, table
-    from llava.train.trainer import DPOTrainer, checkpoint_to_resume
+    from llava.train.trainer import DPOTrainer
 
     model_args, data_args, train_args = parse((ModelArguments, PreferenceArguments, DPOTrainingArguments))
     parts = choose_parts(model_args, train_args)
@@ -38,6 +41,7 @@ def main() -> None:
     checkpoint = checkpoint_to_resume(train_args)
     check_resumed(checkpoint, arguments)
     first = train_args.process_index == 0
+    say_device(read_world(), train_args.device.type == "cuda")
 
     # Everything a user can have got wrong is found here, before gigabytes are read.
     plan = plan_model(model_args, data_args, train_args, parts)
@@ -68,10 +72,11 @@ def main() -> None:
     start = SharedReference(policy, {"post_block"}) if "post_block" in parts else None
     switch_on(policy, parts)
     if first:
-        card.write(resumed=checkpoint is not None)
+        card.begin(resumed=checkpoint is not None)
         print(table(policy, train_args))
         print(f"reference: {reference.what} (--reference_from {train_args.reference_from})", flush=True)
 
+    status = Status(train_args.output_dir, "train_dpo.py", "pairs", train_args.world_size, writer=first)
     trainer = DPOTrainer(
         policy,
         train_args,
@@ -92,8 +97,7 @@ def main() -> None:
         cache=cache,
         aux_weight=train_args.aux_weight,
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.finish(card)
+    trainer.go(card, status, checkpoint)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,16 @@ def refuse_unknown(parser: argparse.ArgumentParser, rest: list[str]) -> None:
     raise UserError(f"unknown flag {name}{hint}" if name.startswith("-") else f"unexpected argument '{name}'{hint}")
 
 
+def refuse_copies() -> None:
+    """Raise ``UserError`` where ``srun`` has started several copies of a script that know nothing of each other."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" not in os.environ and tasks != "1":
+        raise UserError(
+            f"srun has started {tasks} copies of this script, and each would do the whole work; start it with "
+            "slurm/submit.py, or as one task a node with torchrun"
+        )
+
+
 def quiet() -> None:
     """Messages of libraries that say nothing a user could act on. It imports torch and transformers."""
     import torch

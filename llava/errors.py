@@ -7,9 +7,11 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
+from llava import interruption, status
 from llava.distributed import leave_world
+from llava.interruption import EXIT_STOPPED, Stopped
 
 T = TypeVar("T")
 
@@ -55,25 +57,39 @@ def note(message: str) -> None:
 def command_line(main: Callable[[], T]) -> Callable[[], T]:
     """Turn a ``UserError`` raised by a script's ``main`` into one line on stderr and exit code 2.
 
-    A ``main`` that returns ends its process here where it was in a process group (``leave_world``).
+    A run that a signal has stopped (``Stopped``) ends with one line and exit code 75. The heartbeat (``status.json``)
+    says how it ended. A ``main`` that returns ends its process here where it was in a process group (``leave_world``).
     """
 
     @functools.wraps(main)
     def run() -> T:
+        interruption.listen()
         try:
             result = main()
+        except Stopped as stopped:
+            note(str(stopped))
+            _end(EXIT_STOPPED)
         except UserError as error:
             rank = os.environ.get("RANK", "0")
+            message = f"{error}{error.mend}"
             # One line a node where all ranks meet the same error: another node may lack what this one has.
             if os.environ.get("LOCAL_RANK", "0") == "0" or not error.everywhere:
                 where = f"[rank {rank}] " if rank != "0" else ""
-                print(f"{where}error: {error}{error.mend}", file=sys.stderr, flush=True)
-            sys.stdout.flush()
-            # The other ranks may be waiting in a collective: the interpreter's exit would wait for them.
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                os._exit(EXIT_BAD_INPUT)
-            sys.exit(EXIT_BAD_INPUT)
+                print(f"{where}error: {message}", file=sys.stderr, flush=True)
+            status.failed(message)
+            _end(EXIT_BAD_INPUT)
+        except Exception as error:
+            status.failed(f"{type(error).__name__}: {error}")
+            raise
         leave_world()
         return result
 
     return run
+
+
+def _end(code: int) -> NoReturn:
+    sys.stdout.flush()
+    # The other ranks may be waiting in a collective: the interpreter's exit would wait for them.
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(code)
+    sys.exit(code)

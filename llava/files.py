@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from llava.errors import UserError
+from llava.errors import UserError, warn
 
 LFS_POINTER = b"version https://git-lfs"
 
@@ -178,6 +181,42 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+_CLAIMED: dict[Path, IO[str]] = {}  # a lock lives as long as its file is open
+
+
+def claim_folder(folder: str | os.PathLike[str]) -> None:
+    """Make sure that no other process writes to a run's folder until this one ends, however it ends.
+
+    The lock is the kernel's own (POSIX): a killed process has none, nor has a data worker that outlives it. Where the
+    file system has no locks, nothing is claimed.
+
+    Raises:
+        UserError: another process holds the folder.
+    """
+    path = Path(folder).resolve() / "run.lock"
+    if path in _CLAIMED:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise UserError(
+                f"{folder} is being written by {holder}; wait for it, or choose another --output_dir", everywhere=False
+            ) from None
+        warn(f"{path}: this file system has no locks ({error.strerror}); do not start the same run twice")
+        return
+    file.truncate(0)
+    job = os.environ.get("SLURM_JOB_ID")
+    file.write(f"process {os.getpid()} on {socket.gethostname()}{f' (job {job})' if job else ''}\n")
+    file.flush()
+    _CLAIMED[path] = file
 
 
 def leftovers(path: Path) -> list[Path]:

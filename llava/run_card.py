@@ -10,11 +10,12 @@ import shlex
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llava.files import read_object, sha256, write_json
+from llava.files import claim_folder, read_object, sha256, write_json
 
 FILE = "run.json"
 PACKAGES = (
@@ -29,6 +30,7 @@ PACKAGES = (
     "numpy",
     "pillow",
 )
+AFRESH = ("False", "false")  # values of --resume_from_checkpoint
 LONGEST_DIFF = 100_000  # characters; a longer one is cut, and says so
 
 
@@ -44,6 +46,7 @@ class RunCard:
         name: str = FILE,
     ) -> None:
         self.path = Path(folder) / name
+        self.goes_on = False
         self._start = time.time()
         self.content: dict[str, Any] = {
             "command": shlex.join(sys.orig_argv),
@@ -55,15 +58,37 @@ class RunCard:
             "hardware": hardware(),
             "seed": seed,
             "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "run": uuid.uuid4().hex,
             "status": "running",
         }
 
-    def write(self, resumed: bool = False) -> None:
-        """Write the card as it stands; a run that goes on keeps the cards of its earlier parts under ``earlier``."""
-        if resumed and self.path.is_file():
-            before = read_object(self.path)
+    def begin(self, resumed: bool = False) -> None:
+        """Write the card; one that goes on has the name (``run``) of its earlier parts, and their cards in ``earlier``.
+
+        A run ``goes_on`` when it is ``resumed`` from a checkpoint, and also where it was killed before it had one.
+
+        Raises:
+            UserError: another process is writing to the folder.
+        """
+        claim_folder(self.path.parent)
+        before = read_object(self.path) if self.path.is_file() else {}
+        arguments = self.content["arguments"]
+        killed = before.get("status") not in (None, "finished") and before.get("arguments") == arguments
+        afresh = str(arguments.get("resume_from_checkpoint")) in AFRESH
+        self.goes_on = resumed or (killed and not afresh)
+        if self.goes_on and before:
+            self.content["run"] = before.get("run", self.content["run"])
             self.content["earlier"] = [*before.pop("earlier", []), before]
+        self.write()
+
+    def write(self) -> None:
+        """Write the card as it stands."""
         write_json(self.path, self.content)
+
+    def stop(self, reason: str) -> None:
+        """The run was stopped by a signal and will go on."""
+        self.content.update(status="stopped", wall_time_s=round(time.time() - self._start, 3), stopped=reason)
+        self.write()
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """The run ended well: wall time in seconds and final metrics."""

@@ -49,6 +49,7 @@ def run_script(monkeypatch, capsys, tmp_path):
 
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
+        monkeypatch.setattr("llava.status.current", None)  # of the script before
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
         monkeypatch.setattr(sys, "orig_argv", ["python", f"{name}.py", *map(str, flags)])

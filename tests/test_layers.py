@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = {
     "constants",
     "errors",
+    "interruption",
+    "status",
     "files",
     "conversation",
     "tokenization",

@@ -120,9 +120,9 @@ def test_the_collator_packs_what_it_would_have_padded():
     settings = (0, 2048, lambda: torch.zeros(3, 2, 2, dtype=torch.uint8), torch.ones(3, 256))
     padded = Collator(*settings)([pair])
     packed = PackingCollator(*settings, tokens_per_image=4)([pair])
-    assert set(packed) == {"rows", "images", "pixel_levels", "pairs", "reference_logps"}
+    assert set(packed) == {"rows", "images", "pixel_levels", "records", "reference_logps"}
     assert packed["rows"]["input_ids"].tolist() == [1, -200, -200, -200, -200, 5, 6, 7, 8]
-    for key in ("images", "pixel_levels", "pairs", "reference_logps"):
+    for key in ("images", "pixel_levels", "records", "reference_logps"):
         assert torch.equal(packed[key], padded[key])
     assert packed["reference_logps"].tolist() == [-1.0, -2.0]
-    assert padded["pairs"].tolist() == [3]
+    assert padded["records"].tolist() == [3]

@@ -48,6 +48,9 @@ class Captions(SkippingDataset[Example]):
     def __len__(self) -> int:
         return len(self.records)
 
+    def place(self, index: int) -> str:
+        return self.records[index][0]
+
     def outline(self, index: int) -> Example:
         where, record = self.records[index]
         paths = self._paths(record)

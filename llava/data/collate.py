@@ -6,6 +6,7 @@
     images          (N, 3, H, W) ByteTensor   every distinct picture once, as bytes
     pixel_levels    (3, 256)     FloatTensor  pixel value of each byte, by channel
     image_index     (B, K)       LongTensor   row b's k-th image is images[image_index[b, k]]; -1 where it has fewer
+    records         (B,)         LongTensor   which records of the data set these are, where they say so
 
 ``images`` may be float pixel values themselves, without ``pixel_levels``; pictures whose features are kept on disk come
 as ``vision_features`` (N, T, D) instead, or behind the connector as ``image_features`` (N, T, D).
@@ -17,7 +18,6 @@ A preference batch has the same keys: rows 0..B-1 hold the chosen answers, rows 
 order and pointing to the same pictures. Where the reference's log-probabilities are known it also has
 
     reference_logps (2B,)        FloatTensor  in the order of the rows
-    pairs           (B,)         LongTensor   which pairs of the data set these are
 
 and where every pair brings a row whose language-model loss is added, these rows 2B..2B+A-1 behind the others and
 
@@ -81,7 +81,7 @@ class Batch(TypedDict, total=False):
     image_features: torch.Tensor
     image_index: torch.Tensor
     reference_logps: torch.Tensor
-    pairs: torch.Tensor
+    records: torch.Tensor
     aux_rows: int
 
 
@@ -130,8 +130,8 @@ class Collator:
                 batch["pixel_levels"] = self.pixel_levels
         if aux:
             batch["aux_rows"] = len(aux)
-        if pairs and all(pair.number >= 0 for pair in pairs):
-            batch["pairs"] = torch.tensor([pair.number for pair in pairs])
+        if all(example.number >= 0 for example in examples):
+            batch["records"] = torch.tensor([example.number for example in examples])
         known = [pair.reference_logps for pair in pairs if pair.reference_logps is not None]
         if known and len(known) == len(pairs):
             batch["reference_logps"] = torch.tensor([sides[side] for side in (0, 1) for sides in known])

@@ -113,6 +113,10 @@ class SkippingDataset(Dataset[E]):
         """The example at ``index``; raises UserError when its picture cannot be opened."""
         raise TypeError("a subclass makes examples")
 
+    def place(self, index: int) -> str:
+        """File and record that the example at ``index`` is made from."""
+        raise TypeError("a subclass knows its files")
+
     def alone(self) -> SkippingDataset[E]:
         """The same records without what they bring from another data set."""
         return self

@@ -205,6 +205,9 @@ class PreferencePairs(SkippingDataset[PreferenceExample]):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def place(self, index: int) -> str:
+        return self.pairs[index].where
+
     def outline(self, index: int) -> PreferenceExample:
         pictures = (self.pairs[index].image,)
         chosen, rejected = (Example(*row, pictures, None, index) for row in self._rows[index])

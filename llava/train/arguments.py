@@ -202,6 +202,9 @@ class LlavaTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "folder that keeps what a frozen backbone gives lm_head or the post block, for every record"},
     )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "only False: a loss or gradient that is not finite ends the run"}
+    )
     mpt_attn_impl: str | None = field(default="triton", metadata={"help": "belongs to MPT, which is not supported"})
 
     evaluation_strategy: str | None = field(default=None, metadata={"help": "older name of --eval_strategy"})
@@ -274,6 +277,8 @@ class LlavaTrainingArguments(TrainingArguments):
             raise UserError("--data_seed is not upstream's, where --seed decides the order; leave it out")
         if self.mpt_attn_impl != "triton":
             raise UserError("--mpt_attn_impl belongs to MPT models, which are not supported")
+        if self.logging_nan_inf_filter:
+            raise UserError("--logging_nan_inf_filter True would hide a loss that is not finite, which ends the run")
         if self.remove_unused_columns:
             raise UserError("--remove_unused_columns True is not supported: records become batches in the collator")
         if self.lora_bias != "none":

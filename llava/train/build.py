@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -395,16 +396,51 @@ def check_resumed(checkpoint: str | None, arguments: dict[str, Any]) -> None:
     if card is None or not card.is_file():
         return
     before = {**BEFORE_THE_FLAG, **read_object(card).get("arguments", {})}
+    free = FREE_ON_RESUME | _settle_processes(checkpoint, before, arguments)
     differing = [
         f"{key} {before[key]!r} -> {value!r}"
         for key, value in arguments.items()
-        if key not in FREE_ON_RESUME and before.get(key, value) != value
+        if key not in free and before.get(key, value) != value
     ]
     if differing:
         raise UserError(
             f"{checkpoint} belongs to a run with other arguments ({'; '.join(differing[:5])}); choose another "
             "--output_dir, or pass --resume_from_checkpoint False to start afresh"
         )
+
+
+# Whose product is the number of records of an optimizer step.
+STEP_SIZE = ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def _settle_processes(checkpoint: str, before: dict[str, Any], arguments: dict[str, Any]) -> frozenset[str]:
+    """Which arguments may differ because the run goes on on another number of processes, with the same global batch.
+
+    Raises:
+        UserError: it cannot; what can be done is said.
+    """
+    was, now = before.get("world_size", 1), arguments["world_size"]
+    if was == now:
+        return frozenset()
+    sentence = f"{checkpoint} belongs to a run on {was} process(es), this one has {now}"
+    afresh = "or pass --resume_from_checkpoint False to start afresh"
+    if before.get("deepspeed") or arguments["deepspeed"]:
+        raise UserError(
+            f"{sentence}, and DeepSpeed's optimizer state lies in {was} part(s); start it on {was} again, {afresh}"
+        )
+    for flag in ("upstream_order", "group_by_image"):
+        if arguments.get(flag):
+            raise UserError(f"{sentence}, and --{flag} has another order there; start it on {was} again, {afresh}")
+    size, size_now = (math.prod(int(values[key]) for key in STEP_SIZE) for values in (before, arguments))
+    if size % now:
+        raise UserError(f"{sentence}, which cannot share its {size} records a step; choose a divisor of that, {afresh}")
+    if size != size_now:
+        raise UserError(
+            f"{sentence}; its optimizer steps had {size} records, these would have {size_now}: choose "
+            f"--per_device_train_batch_size and --gradient_accumulation_steps whose product is {size // now}, {afresh}"
+        )
+    note(f"{sentence}; the global batch is the same, so it goes on; dropout draws other numbers")
+    return frozenset(STEP_SIZE)
 
 
 # What runs did before these flags were there.
@@ -421,6 +457,7 @@ FREE_ON_RESUME = {
     "local_rank",
     "output_dir",
     "logging_dir",
+    "logging_nan_inf_filter",
     "logging_steps",
     "report_to",
     "run_name",

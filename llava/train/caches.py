@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from llava import interruption
 from llava.errors import BrokenImage, UserError, warn
 from llava.files import publish, sha256
 from llava.model.checkpoint import content_hash, has_tower, weight_files
@@ -120,8 +121,9 @@ def each_batch(
     quiet = not accelerator.is_main_process
     for numbers, batch in tqdm(loader, desc=title, unit="batch", disable=quiet, mininterval=5):
         inputs = trainer._prepare_inputs(batch)
-        inputs.pop("pairs", None)
+        inputs.pop("records", None)
         yield numbers, inputs
+        interruption.stop_if_requested("what was computed is kept")
     model.train(training)
 
 
@@ -204,6 +206,7 @@ def fill_features(
         quiet, skips = not accelerator.is_main_process, datasets[0].skip_missing_images
         for batch in tqdm(batches, desc="features", unit="batch", disable=quiet, mininterval=5):
             _see(functools.partial(see, model), loader, batch, files, skips, accelerator.device, flag)
+            interruption.stop_if_requested("what was computed is kept")
         accelerator.wait_for_everyone()
     loader.use_features(rank_0s({path: str(file) for path, file in files.items() if file.exists()}), flag, blank)
 

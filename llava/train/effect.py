@@ -98,7 +98,7 @@ def _parts(examples: Sequence[Any]) -> Iterator[Sequence[Any]]:
 def _distances(trainer: Any, model: nn.Module, bare: Any, start: SharedReference, examples: Sequence[Any]) -> Any:
     """Sums of squares: change of hidden states, hidden states, change of logits, logits."""
     batch = trainer._prepare_inputs(trainer.data_collator(examples))
-    batch = {key: value for key, value in batch.items() if key not in ("pairs", "reference_logps")}
+    batch = {key: value for key, value in batch.items() if key not in ("records", "reference_logps")}
     scores = model(**batch, score_labels=True, use_cache=False).scores
     known = carried_over(start, scores) if "rows" in batch else {}
     with start.forward_of(model):

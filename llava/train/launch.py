@@ -9,7 +9,8 @@ import sys
 
 import torch
 
-from llava.command_line import quiet
+from llava.command_line import quiet, refuse_copies
+from llava.distributed import check_device_variables
 
 
 def prepare_processes(argv: list[str] | None = None) -> None:
@@ -20,6 +21,8 @@ def prepare_processes(argv: list[str] | None = None) -> None:
     (its shared-memory operator is built on first use, some 70 s).
     """
     argv = sys.argv[1:] if argv is None else argv
+    refuse_copies()
+    check_device_variables()
     quiet()
     if not any(arg == "--deepspeed" or arg.startswith("--deepspeed=") for arg in argv):
         return

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import re
+import functools
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -11,19 +10,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import Trainer
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from llava.errors import UserError
-from llava.files import publish
+from llava import interruption
+from llava.files import publish, read_object, write_json
 from llava.model.llava_arch import LabelScores, mean_loss
 from llava.run_card import RunCard
+from llava.status import Status
 from llava.train.caches import FillCaches, fill_features, fill_reference
+from llava.train.checkpoints import (
+    STAGING,
+    checkpoint_name,
+    no_room,
+    publish_checkpoint,
+    room_for,
+    rotate,
+    sweep,
+    write_failure,
+)
 from llava.train.effect import report
+from llava.train.guards import Finite, StopWhenAsked, deaf_worker
 from llava.train.hidden_cache import HiddenCache, fill_hidden
 from llava.train.losses import Pairs, preference_loss
 from llava.train.reference import Reference, SharedReference, carried_over
@@ -31,6 +43,11 @@ from llava.train.reference_cache import ReferenceCache
 from llava.train.sampler import ImageSampler, ModalityLengthSampler, UpstreamSampler, samples_of_whole_steps
 from llava.train.saving import load_trained, save_checkpoint
 from llava.train.trainable import rate_of
+from llava.train.watching import Progress, TensorBoardOfAllParts
+
+# Of a batch (``llava.data.collate``): what no forward takes, and what has a line a row.
+NOT_FOR_THE_MODEL = ("records", "reference_logps", "reference_rows", "aux_rows")
+A_LINE_A_ROW = ("input_ids", "attention_mask", "labels", "image_index")
 
 
 class LlavaTrainer(Trainer):
@@ -55,6 +72,7 @@ class LlavaTrainer(Trainer):
     ) -> None:
         self.parts = parts
         self.start = start
+        self.run_name: str | None = None
         self._staging: Path | None = None
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -64,7 +82,9 @@ class LlavaTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         for progress in (PrinterCallback, ProgressCallback):
             self.remove_callback(progress)
-        self.add_callback(OneLinePerLog())
+        self._stop = StopWhenAsked()
+        self._finite = Finite(train_dataset, args)
+        self.add_callback(self._stop)
         if feature_folder is not None:
             self.add_callback(FillCaches(lambda: fill_features(self, feature_folder)))
         if hidden is not None:
@@ -73,8 +93,29 @@ class LlavaTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        outputs = model(**inputs, score_labels=True, use_cache=False)
+        batch = {key: value for key, value in inputs.items() if key not in NOT_FOR_THE_MODEL}
+        outputs = model(**batch, score_labels=True, use_cache=False)
+        self._check_loss(outputs.loss)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        self._finite.saw(inputs.get("records"))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _check_loss(self, loss: torch.Tensor) -> None:
+        if loss.requires_grad:
+            self._finite.check_loss(loss.detach(), self.state.global_step + 1)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._finite.check_gradient(norm, self.state.global_step + 1)
+        return norm
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)
+        inner.worker_init_fn = functools.partial(deaf_worker, inner.worker_init_fn)
+        return loader
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -128,6 +169,31 @@ class LlavaTrainer(Trainer):
         save_checkpoint(model, self.parts, folder, self.tokenizer, self.image_processor, writer=self.args.should_save)
         self.accelerator.wait_for_everyone()
 
+    def go(self, card: RunCard, status: Status, checkpoint: str | None) -> None:
+        """Train, from the beginning or from ``checkpoint``, and save the run; ``status`` is its heartbeat.
+
+        Raises:
+            Stopped: a signal came; the run is saved and goes on when it is started again.
+            UserError: a number is not finite, or the disk is full.
+        """
+        self.run_name = card.content["run"]
+        self.add_callback(Progress(status.unit, status))
+        if self.pop_callback(TensorBoardCallback) is not None:
+            self.add_callback(TensorBoardOfAllParts(card.goes_on))
+        if self.args.should_save:
+            sweep(Path(self.args.output_dir))
+        with interruption.held():
+            try:
+                self.train(resume_from_checkpoint=checkpoint)
+            except interruption.Stopped as stopped:
+                status.stop(str(stopped))
+                if self.args.should_save:
+                    card.stop(str(stopped))
+                raise
+            with interruption.finishing():
+                self.finish(card)
+                status.update(state="finished")
+
     def finish(self, card: RunCard) -> None:
         """Save the run: weights, trainer_state.json, run.json with the final metrics."""
         metrics = dict(self.state.log_history[-1]) if self.state.log_history else {}
@@ -151,32 +217,58 @@ class LlavaTrainer(Trainer):
         return str(self._staging or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A checkpoint is written beside its place and named when it is complete: no kill leaves half of one."""
-        output_dir = Path(self.args.output_dir)
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._staging = output_dir / ".unfinished"
-        if self.args.should_save:
-            shutil.rmtree(self._staging, ignore_errors=True)  # a killed run may have left one
-        self.accelerator.wait_for_everyone()
+        """A checkpoint is written beside its place and named when it is proved whole (``llava.train.checkpoints``)."""
+        output_dir, name = Path(self.args.output_dir), checkpoint_name(self.state.global_step)
+        self._staging = output_dir / STAGING
+        staged = self._staging / name
+        asked, only_model = self._stop.asked, self.args.save_only_model
+        self.args.save_only_model = only_model and not asked  # a run that is to go on needs all of it
         try:
+            if self.args.should_save:
+                room_for(output_dir)
+                shutil.rmtree(self._staging, ignore_errors=True)  # a killed run may have left one
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            if self.state.best_global_step:
+                self.state.best_model_checkpoint = str(output_dir / checkpoint_name(self.state.best_global_step))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))  # the best one by its final name
+                newest = publish_checkpoint(staged, self.run_name)
+                rotate(output_dir, newest, self.args.save_total_limit, self.state.best_model_checkpoint, self.run_name)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            why = write_failure(error)
+            if why is None:
+                raise
+            shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+            raise no_room(output_dir, why) from None
         finally:
-            staged, self._staging = self._staging / name, None
+            self._staging, self.args.save_only_model = None, only_model
         self.accelerator.wait_for_everyone()
-        if self.state.best_global_step:
-            best = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-            self.state.best_model_checkpoint = str(best)
-        if self.args.should_save:
-            shutil.rmtree(output_dir / name, ignore_errors=True)
-            os.replace(staged, output_dir / name)
-            shutil.rmtree(staged.parent)
-            rotate_checkpoints(
-                output_dir=str(output_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-        self.accelerator.wait_for_everyone()
+        if asked:
+            raise interruption.Stopped(f"stopped by {asked} after step {self.state.global_step}; {name} is whole")
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Also what was added up since the last log line: a run that goes on shall log what it would have."""
+        super()._save_rng_state(output_dir)
+        sums = {"loss": self._tr_loss.item(), "last_logged": self._globalstep_last_logged, "metrics": self._log_sums()}
+        write_json(Path(output_dir) / f"log_sums_{self.args.process_index}.json", sums)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        files = sorted(Path(checkpoint or "").glob("log_sums_*.json"), key=lambda path: int(path.stem.split("_")[-1]))
+        for file in files[self.args.process_index :: self.args.world_size]:  # another number of ranks: shared out
+            sums = read_object(file)
+            self._tr_loss += sums["loss"] * self.args.world_size / len(files)
+            self._add_log_sums(sums["metrics"])
+        if files:
+            self._globalstep_last_logged = read_object(files[0])["last_logged"]
+
+    def _log_sums(self) -> dict[str, Any]:
+        return {}
+
+    def _add_log_sums(self, sums: dict[str, Any]) -> None:
+        pass
 
     def save_state(self) -> None:
         """``trainer_state.json``, whole or not at all."""
@@ -195,11 +287,6 @@ class LlavaTrainer(Trainer):
 def _class_name(thing: Any) -> str:
     """What really ran: under DeepSpeed the wrapped model must be its engine, not the model itself."""
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
-
-
-# Of a batch (``llava.data.collate``): what is DPO's own, and what has a line a row.
-NOT_FOR_THE_MODEL = ("pairs", "reference_logps", "reference_rows", "aux_rows")
-A_LINE_A_ROW = ("input_ids", "attention_mask", "labels", "image_index")
 
 
 class DPOTrainer(LlavaTrainer):
@@ -271,6 +358,7 @@ class DPOTrainer(LlavaTrainer):
             of_aux = scores.logps[scores.rows >= paired]
             self._add("train", {"aux_loss": (-of_aux.detach(), torch.ones_like(of_aux))})
             total = total + self.aux_weight * mean_loss(of_aux)
+        self._check_loss(total)
         return (total, policy) if return_outputs else total
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -300,6 +388,14 @@ class DPOTrainer(LlavaTrainer):
             return super()._get_train_sampler(dataset)
         return ImageSampler(dataset.picture_paths, self.args.train_batch_size, *self._seed_and_epoch())
 
+    def _log_sums(self) -> dict[str, Any]:
+        return {name: pair.tolist() for name, pair in self._sums["train"].items()}
+
+    def _add_log_sums(self, sums: dict[str, Any]) -> None:
+        for name, pair in sums.items():
+            known = self._sums["train"].get(name, 0)
+            self._sums["train"][name] = known + torch.tensor(pair, dtype=torch.float64, device=self.args.device)
+
     def _add(self, mode: str, terms: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         for name, (values, weights) in terms.items():
             if mode == "eval":  # the last batch of the ranks is filled up with pairs that were counted already
@@ -323,43 +419,3 @@ class DPOTrainer(LlavaTrainer):
                 logs["eval_loss"] = sum(weight * metrics[f"eval_loss/{name}"] for name, weight in weighed)
             self._sums[mode] = {}
         super().log(logs, start_time)
-
-
-class OneLinePerLog(TrainerCallback):
-    """Progress as plain lines, which a log file of a queued job can hold."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if state.is_world_process_zero and logs:
-            values = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in logs.items())
-            print(f"step {state.global_step}/{state.max_steps} {values}", flush=True)
-
-
-def checkpoint_to_resume(args: Any) -> str | None:
-    """The folder to go on from: the newest of ``--output_dir``, or what ``--resume_from_checkpoint`` says.
-
-    A ``checkpoint-N`` gets its name when it is complete, so the newest one is whole. ``False`` starts afresh.
-
-    Raises:
-        UserError: the folder that the flag names is no checkpoint, or the checkpoint has no optimizer state.
-    """
-    wanted = args.resume_from_checkpoint
-    if wanted in ("False", "false"):
-        return None
-    if wanted in (None, "True", "true"):
-        steps = {
-            int(found[1]): folder
-            for folder in Path(args.output_dir).glob("checkpoint-*")
-            if (found := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and (folder / TRAINER_STATE_NAME).is_file()
-        }
-        if not steps:
-            return None
-        wanted = str(steps[max(steps)])
-    folder = Path(wanted)
-    if not (folder / TRAINER_STATE_NAME).is_file():
-        raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint of a run ({TRAINER_STATE_NAME} is missing)")
-    if not ((folder / "optimizer.pt").is_file() or any(folder.glob("global_step*"))):
-        raise UserError(
-            f"{wanted} holds no optimizer state (--save_only_model), so the run cannot go on from it; choose another "
-            "--output_dir, or pass --resume_from_checkpoint False to start afresh"
-        )
-    return wanted
