@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import argparse
 
+from llava import interruption
 from llava.command_line import OneLineParser
 from llava.errors import UserError, command_line, note
 from llava.eval.pope import PROTOCOLS
+from llava.status import Status
 
 SETS = {"random": "random", "popular": "popular", "adv": "adversarial", "adversarial": "adversarial"}
+IN_HEARTBEAT = ("accuracy", "f1", "yes_ratio")
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,12 +61,13 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     from llava.conversation import template
-    from llava.distributed import join_world
-    from llava.eval.pope_run import answer_sets, model_key, output_dir, rank_0s, read_questions
+    from llava.distributed import check_device_variables, join_world, say_device, take_card
+    from llava.eval.pope_run import answer_sets, model_key, output_dir, read_questions
 
     for flag in ("batch_size", "max_new_tokens"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UserError(f"--{flag} {getattr(args, flag)}: expected 1 or more")
+    check_device_variables()
     protocol = PROTOCOLS[args.prompt]
     args.conv_mode = args.conv_mode or protocol.template
     conversation = template(args.conv_mode, "--conv-mode")
@@ -81,15 +85,16 @@ def main() -> None:
 
     quiet()
     world = join_world()
-    on_cuda = torch.cuda.is_available()
-    if on_cuda:
-        torch.cuda.set_device(world.local_rank)  # libraries that ask for "cuda" mean this rank's card
+    device = take_card(world)
+    say_device(world)
+    which_model = model_key(args.model_path, args.model_base, args.cache_dir)  # refuses a path without a model
+    heartbeat = Status(folder, "pope_eval.py", "questions", world.size, writer=world.rank == 0)
     tokenizer, model, image_processor, _ = load_pretrained_model(
         args.model_path,
         args.model_base,
         load_8bit=args.load_8bit,
         load_4bit=args.load_4bit,
-        device=f"cuda:{world.local_rank}" if on_cuda else "cpu",
+        device=device,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         attn_implementation=args.attn_implementation,
         cache_dir=args.cache_dir,
@@ -99,10 +104,10 @@ def main() -> None:
     )
     if answerer.rows_because and args.batch_size != 1:
         note(f"questions are asked by separate rows: {answerer.rows_because}")
-    args.batch_size = args.batch_size or rank_0s(default_batch_size(answerer, on_cuda), world)
+    args.batch_size = args.batch_size or world.rank_0s(default_batch_size(answerer, device != "cpu"))
     # Answers of a killed run are kept where all of this is the same.
     settings = {
-        **model_key(args.model_path, args.model_base, args.cache_dir),
+        **which_model,
         "conv_mode": args.conv_mode,
         "max_new_tokens": args.max_new_tokens,
         "dtype": str(model.dtype),
@@ -113,20 +118,28 @@ def main() -> None:
     data_files = [q.file for q in questions.values()]
     card = RunCard(folder, vars(args), data_files, seed=None, name=f"run_{SETS.get(args.set, args.set)}.json")
     card.content["protocol"] = args.prompt
-    counts = answer_sets(
-        answerer,
-        list(questions.values()),
-        folder,
-        settings,
-        args.prompt,
-        args.batch_size,
-        world,
-        skip_broken=args.skip_missing_images,
-    )
-    if world.rank == 0:
-        card.finish({name: c.as_dict() for name, c in counts.items()})
-        rows = (table_row(label, name, "-", c) for name, c in counts.items())
-        print(table_header(), *rows, sep="\n", flush=True)
+    # From here on a signal ends the run between two groups of questions; after the last one, it changes nothing.
+    with interruption.held():
+        try:
+            counts = answer_sets(
+                answerer,
+                list(questions.values()),
+                folder,
+                settings,
+                args.prompt,
+                args.batch_size,
+                world,
+                skip_broken=args.skip_missing_images,
+            )
+        except interruption.Stopped as stopped:
+            heartbeat.stop(str(stopped))
+            raise
+        if world.rank == 0:
+            card.finish({name: c.as_dict() for name, c in counts.items()})
+            metrics = {f"{n}/{m}": round(getattr(c, m), 4) for n, c in counts.items() for m in IN_HEARTBEAT}
+            heartbeat.update(state="finished", seconds_left=None, metrics=metrics)
+            rows = (table_row(label, name, "-", c) for name, c in counts.items())
+            print(table_header(), *rows, sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -46,14 +46,15 @@ def main() -> None:
         "count": args.count,
         "annotations": args.annotations.stat().st_size,
     }
-    file = AnswerFile(args.out, key, rank=0, barrier=lambda: None)
-    done, ids = file.resume().keys(), list(questions)
+    file = AnswerFile(args.out, key)
+    done, ids = file.answered().keys(), list(questions)
+    file.begin()
     # Whole batches: what a killed run left behind changes no batch, and so no rounding.
     batches = [ids[start : start + BATCH] for start in range(0, len(ids), BATCH)]
     for batch in tqdm([b for b in batches if not done >= set(b)], desc="descriptions", mininterval=MIN_INTERVAL):
         texts = answerer.answer([questions[i] for i in batch])
         file.append({"question_id": i, "image": names[i], "text": text} for i, text in zip(batch, texts, strict=True))
-    file.merge(ids)
+    file.finish(ids)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from llava import interruption, status
-from llava.distributed import leave_world
+from llava.distributed import LostRank, leave_world
 from llava.interruption import EXIT_STOPPED, Stopped
 
 T = TypeVar("T")
@@ -78,9 +78,14 @@ def command_line(main: Callable[[], T]) -> Callable[[], T]:
                 print(f"{where}error: {message}", file=sys.stderr, flush=True)
             status.failed(message)
             _end(EXIT_BAD_INPUT)
+        except LostRank as lost:
+            print(f"error: {lost}", file=sys.stderr, flush=True)
+            status.failed(str(lost))
+            _end(1)
         except Exception as error:
             status.failed(f"{type(error).__name__}: {error}")
             raise
+        interruption.ignore()  # all is written; a signal now would only make a finished run look stopped
         leave_world()
         return result
 

@@ -41,11 +41,20 @@ class Status:
         unit: What ``rate`` counts: pairs, records or questions.
         world_size: Number of ranks.
         writer: Whether this rank keeps the file; true on rank 0 alone.
+        name: Of the file, where several runs share a folder; it begins with ``status``.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], script: str, unit: str, world_size: int, writer: bool) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        script: str,
+        unit: str,
+        world_size: int,
+        writer: bool,
+        name: str = FILE,
+    ) -> None:
         global current
-        self.path = Path(folder).expanduser().resolve() / FILE
+        self.path = Path(folder).expanduser().resolve() / name
         self.unit = unit
         self.writer = writer
         self._warned = False

@@ -120,8 +120,8 @@ def refused(tmp_path):
         code, _, err = result
         assert code == 2, err
         assert "Traceback" not in err
-        # Progress bars, of transformers copying weights and of POPE's questions.
-        besides = ("note: ", "warning: ", "Loading weights: ", "POPE random: ")
+        # Progress bars, of transformers copying weights and of POPE's questions; and the device.
+        besides = ("note: ", "warning: ", "Loading weights: ", "POPE random: ", "rank 0 (local 0 on ")
         assert not any("error: " in line for line in err.splitlines() if line.startswith(besides)), err
         lines = [line for line in err.splitlines() if line and not line.startswith(besides)]
         assert len(lines) == 1, err

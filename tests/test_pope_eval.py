@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
 import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +20,8 @@ import pytest
 import torch
 
 from llava.eval.pope import parse_answer, read_labels
+from llava.interruption import EXIT_STOPPED
+from llava.status import read_status
 
 SETS = ("random", "popular", "adversarial")
 
@@ -220,7 +226,7 @@ def test_a_killed_run_goes_on(counted, answered, pope_world, golden, tmp_path, r
     for name in SETS:
         (part,) = tmp_path.glob(f"pope_{name}.*.part0.jsonl")
         rows = part.read_text().splitlines()
-        kept += len(rows) - 1  # without the key
+        kept += len(rows)
         assert not (tmp_path / f"pope_{name}.jsonl").exists()
     groups, pictures = len(counted["groups"]), sum(number for number, _ in counted["groups"][:-1])
     assert kept == 18 * pictures  # every set asks six questions about a picture
@@ -234,6 +240,66 @@ def test_a_killed_run_goes_on(counted, answered, pope_world, golden, tmp_path, r
     for name in SETS:
         assert (tmp_path / f"pope_{name}.jsonl").read_bytes() == (answered / f"pope_{name}.jsonl").read_bytes()
     assert not list(tmp_path.glob("*.part*"))
+
+
+def test_a_signal_ends_a_run_between_two_groups(
+    counted, answered, pope_world, golden, tmp_path, run_script, monkeypatch
+):
+    """It leaves with 75, and the same command asks only the rest; a signal while the files are written is too late."""
+    from llava.eval.answer import Answerer
+    from llava.eval.answer_files import AnswerFile
+
+    command = [*flags(pope_world, golden, tmp_path, "all"), "--batch_size", 25]
+    asking = Answerer.ask
+
+    def signalled(self, *args):
+        if len(counted["groups"]) == 9:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return asking(self, *args)
+
+    monkeypatch.setattr(Answerer, "ask", signalled)
+    code, out, err = run_script("pope_eval", *command)
+    assert code == EXIT_STOPPED and out == ""
+    line = "stopped by SIGUSR2; its answers are written, and the same command asks only the rest"
+    assert err.strip().splitlines()[-1] == f"note: {line}"
+    assert len(counted["groups"]) == 10
+    status = read_status(tmp_path)
+    assert (status["state"], status["message"], status["max_steps"]) == ("stopped", line, 1080)
+
+    finish = AnswerFile.finish
+    monkeypatch.setattr(AnswerFile, "finish", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or finish(*a))
+    code, out, err = run_script("pope_eval", *command)
+    assert code == 0 and "| random |" in out, err
+    pictures = sum(number for number, _ in counted["groups"][:10])
+    assert f"{18 * pictures} of 1080 questions are answered already; the other {1080 - 18 * pictures} are asked" in err
+    assert sum(number for number, _ in counted["groups"]) == 60
+    for name in SETS:
+        assert (tmp_path / f"pope_{name}.jsonl").read_bytes() == (answered / f"pope_{name}.jsonl").read_bytes()
+    status = read_status(tmp_path)
+    assert (status["state"], status["step"], status["seconds_left"]) == ("finished", 1080, None)
+    card = json.loads((tmp_path / "run_all.json").read_text())
+    assert status["metrics"]["popular/f1"] == round(card["metrics"]["popular"]["f1"], 4)
+
+
+def test_a_finished_run_asks_nothing_again(counted, answered, pope_world, golden, tmp_path, run_script):
+    """Unless someone has changed its file, which is kept."""
+    for file in answered.iterdir():
+        shutil.copy(file, tmp_path)
+    command = flags(pope_world, golden, tmp_path, "all")
+    code, out, err = run_script("pope_eval", *command)
+    assert code == 0 and out.count("| random |") == 1
+    assert "1080 of 1080 questions are answered already; nothing is asked" in err
+    assert counted["groups"] == [] and not list(tmp_path.glob("*.earlier.jsonl"))
+
+    file = tmp_path / "pope_popular.jsonl"
+    edited = file.read_text().replace('"question_id": 7,', '"question_id":7,')
+    file.write_text(edited)
+    code, _, err = run_script("pope_eval", *command)
+    assert code == 0 and "720 of 1080 questions are answered already; the other 360 are asked" in err
+    assert (tmp_path / "pope_popular.earlier.jsonl").read_text() == edited
+    assert {f.name for f in tmp_path.iterdir()} == {f.name for f in answered.iterdir()} | {"pope_popular.earlier.jsonl"}
+    for name in SETS:
+        assert (tmp_path / f"pope_{name}.jsonl").read_bytes() == (answered / f"pope_{name}.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -400,7 +466,7 @@ def test_running_out_of_memory_names_the_flag(pope_world, golden, tmp_path, run_
 
 def test_parts_of_another_run_are_not_used(pope_world, golden, tmp_path, run_script):
     stale = tmp_path / "pope_random.another00000.part3.jsonl"
-    stale.write_text('{"key": "another"}\n{"question_id": 1, "question": "?", "answer": "stale"}\n')
+    stale.write_text('{"question_id": 1, "question": "?", "answer": "stale"}\n')
     code, _, err = run_script("pope_eval", *flags(pope_world, golden, tmp_path, "random", tokens=1))
     assert code == 0, err
     assert "stale" not in (tmp_path / "pope_random.jsonl").read_text()
@@ -410,11 +476,12 @@ def test_parts_of_another_run_are_not_used(pope_world, golden, tmp_path, run_scr
 def test_answers_may_hold_any_character(tmp_path):
     from llava.eval.answer_files import AnswerFile
 
-    file = AnswerFile(tmp_path / "a.jsonl", {}, 0, lambda: None)
-    assert file.resume() == {}
+    file = AnswerFile(tmp_path / "a.jsonl", {})
+    assert file.answered() == {}
+    file.begin()
     rows = [{"question_id": n, "answer": text} for n, text in enumerate(["No\u2028dog", "a\u0085b\nc", "d"])]
     file.append(rows)
-    assert file.merge([0, 1, 2]) == rows
+    assert file.finish([0, 1, 2]) == rows
     assert [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().split("\n")[:-1]] == rows
 
 
@@ -431,10 +498,199 @@ def test_answers_of_an_earlier_run_are_kept(tmp_path, capsys):
 
     path = tmp_path / "pope_random.jsonl"
     for settings, answer in (("a", "Yes"), ("b", "No"), ("b", "No")):
-        file = AnswerFile(path, {"settings": settings}, 0, lambda: None)
-        file.resume()
+        file = AnswerFile(path, {"settings": settings})
+        file.begin()
         file.append([{"question_id": 1, "answer": answer}])
-        file.merge([1])
+        file.finish([1])
     kept = tmp_path / "pope_random.earlier.jsonl"
     assert [json.loads(f.read_text())["answer"] for f in (kept, path)] == ["Yes", "No"]
     assert capsys.readouterr().err.count("kept in pope_random.earlier.jsonl") == 1
+
+
+class Killed(BaseException):
+    """What no ``except Exception`` stops; and nothing that cleans up afterwards gets anything done."""
+
+
+class Mortal:
+    """Changes of files, the ``number``-th of which kills: before it (odd) or after it (even)."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left = self.after = self.dead = None
+        for owner, name in ((os, "replace"), (os, "unlink"), (Path, "unlink"), (os, "fsync")):
+            monkeypatch.setattr(owner, name, self.wrapped(getattr(owner, name)))
+
+    def wrapped(self, original: Any) -> Any:
+        def change(*args, **kwargs):
+            if self.dead:
+                raise Killed
+            if self.left is None:
+                return original(*args, **kwargs)
+            self.left -= 1
+            self.dead = self.left == 0
+            if self.dead and not self.after:
+                raise Killed
+            done = original(*args, **kwargs)
+            if self.dead:
+                raise Killed
+            return done
+
+        return change
+
+    def kills(self, number: int, what: Any) -> bool:
+        """Whether ``what`` was killed at its ``number``-th moment."""
+        self.left, self.after, self.dead = (number + 1) // 2, number % 2 == 0, False
+        try:
+            what()
+        except Killed:
+            return True
+        finally:
+            self.left, self.dead = None, False
+        return False
+
+
+def test_killed_at_every_moment_of_the_end(tmp_path, monkeypatch, capsys):
+    """Two ranks' answers to two sets, one in the place of an older file; killed twice, then all is there once."""
+    from llava.eval.answer_files import AnswerFile
+
+    mortal, order = Mortal(monkeypatch), [3, 1, 2, 4]
+    whole = {
+        name: "".join(json.dumps({"question_id": n, "answer": f"{name} {n}"}) + "\n" for n in order) for name in "ab"
+    }
+    moment, files = 0, {}
+
+    def finish():
+        for file in files.values():
+            file.begin()
+            file.finish(order)
+
+    while True:
+        moment += 1
+        folder = tmp_path / str(moment)
+        folder.mkdir()
+        (folder / "a.jsonl").write_text("older\n")
+        for name, lines in whole.items():
+            for rank in (0, 1):
+                file = AnswerFile(folder / f"{name}.jsonl", {}, rank)
+                file.begin()
+                file.append(map(json.loads, lines.splitlines()[rank::2]))
+        files = {name: AnswerFile(folder / f"{name}.jsonl", {}) for name in "ab"}
+        was_killed = mortal.kills(moment, finish)
+        for _ in range(2):
+            for file in files.values():
+                assert sorted(file.answered()) == sorted(order)
+            mortal.kills(moment, finish)
+        finish()
+        for name, file in files.items():
+            assert file.path.read_text() == whole[name] and file._is_whole()
+        kept = folder / "a.earlier.jsonl"
+        assert kept.read_text() == "older\n"
+        assert sorted(f.name for f in folder.iterdir()) == [
+            *("a.earlier.jsonl", "a.jsonl", "a.made.json", "b.jsonl", "b.made.json")
+        ]
+        if not was_killed:
+            break
+    assert moment > 30
+
+
+def test_a_file_without_all_answers_is_not_written(tmp_path):
+    from llava.errors import UserError
+    from llava.eval.answer_files import AnswerFile
+
+    file = AnswerFile(tmp_path / "a.jsonl", {})
+    file.begin()
+    file.append([{"question_id": 1, "answer": "Yes"}])
+    with pytest.raises(UserError, match="2 answers are missing, the first to question_id 5"):
+        file.finish([1, 5, 2])
+    assert list(tmp_path.iterdir()) == [file.part] and list(file.answered()) == [1]
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
+    from llava.errors import UserError
+    from llava.eval.answer_files import AnswerFile
+
+    file, full = AnswerFile(tmp_path / "a.jsonl", {}), AnswerFile(tmp_path / "a.jsonl", {}, 1)
+    file.begin()
+    file.append([{"question_id": 1, "answer": "Yes"}])
+    full.part.symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"part1\.jsonl: cannot be written \(No space left on device\); make room"):
+        full.append([{"question_id": 2, "answer": "No"}])
+    full.part.unlink()
+    assert list(file.answered()) == [1]
+
+
+def test_the_heartbeat_scales_rank_0s_share(tmp_path, monkeypatch):
+    from llava.distributed import World
+    from llava.eval import pope_run
+    from llava.eval.pope_run import Picture, QuestionSet
+
+    monkeypatch.setattr(pope_run.status, "current", None)
+    heartbeat = pope_run.status.Status(tmp_path, "pope_eval.py", "questions", 2, writer=True)
+    monkeypatch.setattr(heartbeat, "update", lambda **fields: heartbeat._content.update(fields))
+    groups = [[Picture(str(g), "", {str(q): [("random", 10 * g + q)] for q in range(10)})] for g in range(5)]
+    everything = QuestionSet("random", tmp_path, dict.fromkeys(range(50)), {})
+    done = {("random", number) for number in (*range(10), 15)}  # a whole group, and one question of the next
+    with pope_run._Progress([everything], groups[1:], groups[1::2], done, World(0, 0, 2)) as progress:
+        assert heartbeat._content["step"] == 11
+        progress.began -= 10
+        progress.add(groups[1])  # 9 of its own 19 questions, of all 39
+    told = {name: heartbeat._content[name] for name in ("state", "step", "max_steps", "rate", "seconds_left")}
+    rate = pytest.approx(9 * 39 / 19 / 10, rel=0.1)
+    assert told == {
+        "state": "running",
+        "step": 29,
+        "max_steps": 50,
+        "rate": rate,
+        "seconds_left": pytest.approx(11, abs=1),
+    }
+
+
+@pytest.mark.parametrize(
+    ("visible", "rank", "device"),
+    [
+        (None, 1, "cuda:1 = GPU 1 (Card 1)"),
+        ("2,3", 1, "cuda:1 = GPU 3 of CUDA_VISIBLE_DEVICES=2,3 (Card 1)"),
+        ("GPU-1e8c, MIG-07d4", 0, "cuda:0 = GPU-1e8c of CUDA_VISIBLE_DEVICES=GPU-1e8c, MIG-07d4 (Card 0)"),
+    ],
+)
+def test_every_rank_says_its_physical_device(monkeypatch, capsys, visible, rank, device):
+    from llava.distributed import World, say_device
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"Card {index}")
+    say_device(World(rank + 4, rank, 8))
+    assert capsys.readouterr().err == f"rank {rank + 4} (local {rank} on {platform.node()}): {device}\n"
+    say_device(World(5, 1, 8), on_cuda=False)
+    assert re.fullmatch(r"rank 5 \(local 1 on \S+\): cpu, \d+ threads?\n", capsys.readouterr().err)
+
+
+def test_a_rank_without_a_card_of_its_own_is_refused(monkeypatch):
+    from llava.distributed import World, take_card
+    from llava.errors import UserError
+
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert take_card(World(5, 1, 8)) == "cuda:1" and chosen == [1]
+    with pytest.raises(UserError, match=r"local rank 2 on .* has no GPU of its own, 2 can be seen"):
+        take_card(World(2, 2, 4))
+
+
+def test_near_misses_of_the_variable_are_warned_about(monkeypatch, capsys):
+    from llava.distributed import check_device_variables
+
+    wrong = ("CUDA_VISIABLE_DEVICES", "CUDA_VISIBLE_DEVICE", "cuda_visible_devices", "CUDAVISIBLE_DEVICES")
+    right = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+    for name in (*wrong, *right, "ASCEND_RT_VISIBLE_DEVICES", "MUSA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
+        monkeypatch.setenv(name, "0")
+    check_device_variables()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        f"warning: {name} is set, which nothing reads; CUDA_VISIBLE_DEVICES chooses the GPUs" for name in sorted(wrong)
+    ]
+    monkeypatch.setenv("RANK", "1")
+    check_device_variables()
+    assert capsys.readouterr().err == ""

@@ -6,6 +6,7 @@ The three sets ask 9,000 questions about the same 500 pictures, 5,127 different 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from llava import interruption, status
 from llava.data.images import drop_missing
 from llava.distributed import World
-from llava.errors import BrokenImage, UserError, warn
+from llava.errors import BrokenImage, UserError, note, warn
 from llava.eval.answer import Answerer, Question, Said
 from llava.eval.answer_files import AnswerFile
 from llava.eval.pope import Answer, Confusion, Label, read_labels, read_questions_of, score, set_of
@@ -27,6 +29,8 @@ from llava.model.delta import read_chain, split_names
 
 # Seconds between updates of the progress bar: a queued job's log should not be made of them.
 MIN_INTERVAL = 0.5 if sys.stderr.isatty() else 30.0
+
+Place = tuple[str, int]  # a set and the id of one of its questions
 
 PREPARING = 2  # threads that open pictures: one keeps a CPU's model busy, two a fast card
 
@@ -90,7 +94,7 @@ class Picture:
 
     path: str
     where: str
-    asked: dict[str, list[tuple[str, int]]]
+    asked: dict[str, list[Place]]
 
 
 def by_picture(sets: list[QuestionSet]) -> list[Picture]:
@@ -129,10 +133,14 @@ def answer_sets(
     world: World,
     skip_broken: bool = False,
 ) -> dict[str, Confusion]:
-    """Answer sets on all ranks and score them; a question that several sets ask is asked once.
+    """Answer sets on all ranks; rank 0 writes their files and scores them, the others return no counts.
 
-    ``settings`` is what the answers depend on besides the questions. ``skip_broken`` leaves out questions whose picture
-    cannot be opened; without it such a picture ends the run.
+    A question that several sets ask is asked once. ``settings`` is what the answers depend on besides the questions.
+    ``skip_broken`` leaves out questions whose picture cannot be opened; without it such a picture ends the run.
+
+    Raises:
+        Stopped: a signal came that was held (``interruption.held``); the answers so far are written.
+        LostRank: another rank has ended; the answers so far are written.
     """
     key = {
         **settings,
@@ -140,21 +148,18 @@ def answer_sets(
         "batch_size": batch_size,
         "questions": {questions.name: [sha256(questions.file), len(questions.questions)] for questions in sets},
     }
-    files = {
-        questions.name: AnswerFile(folder / f"pope_{questions.name}.jsonl", key, world.rank, world.barrier)
-        for questions in sets
-    }
-    done = {(name, number) for name, file in files.items() for number in file.resume()}
-    groups = in_groups(by_picture(sets), batch_size)
-    mine = [group for group in groups if not done.issuperset(_answered_by(group))][world.rank :: world.size]
-    with tqdm(
-        total=sum(len(_answered_by(group)) for group in mine),
-        desc=f"POPE {', '.join(files)}",
-        unit="question",
-        disable=world.rank != 0,
-        mininterval=MIN_INTERVAL,
-    ) as progress:
+    files = {q.name: AnswerFile(folder / f"pope_{q.name}.jsonl", key, world.rank) for q in sets}
+    # One rank looks: another one might see something else through a network folder, and they share out what is left.
+    done = {(n, number) for n, file in files.items() for number in file.answered()} if world.rank == 0 else None
+    done = world.rank_0s(done)
+    for file in files.values():
+        file.begin()
+    groups = [g for g in in_groups(by_picture(sets), batch_size) if not done.issuperset(_answered_by(g))]
+    mine = groups[world.rank :: world.size]
+    left_out: set[Place] = set()
+    with _Progress(sets, groups, mine, done, world) as progress:
         for group, pixels in _prepared(answerer, mine):
+            interruption.stop_if_requested("its answers are written, and the same command asks only the rest")
             said = _answers(answerer, group, pixels, batch_size, skip_broken)
             for name, file in files.items():
                 rows = [
@@ -165,11 +170,69 @@ def answer_sets(
                     if place == name and (name, number) not in done
                 ]
                 file.append(rows)
-            progress.update(len(_answered_by(group)))
-    return {q.name: _scored(q, files[q.name], skip_broken) for q in sets}
+            left_out.update(set(_answered_by(group)) - {place for _, places, _ in said for place in places} - done)
+            progress.add(group)
+    left_out = set().union(*world.gather(left_out))
+    return {q.name: _scored(q, files[q.name], left_out) for q in sets} if world.rank == 0 else {}
 
 
-def _answered_by(group: list[Picture]) -> list[tuple[str, int]]:
+class _Progress:
+    """How far the ranks are: a bar for who looks on, and the heartbeat.
+
+    Rank 0 knows its own share alone, which is every n-th group; for all ranks it scales that up.
+    """
+
+    def __init__(
+        self,
+        sets: list[QuestionSet],
+        groups: list[list[Picture]],
+        mine: list[list[Picture]],
+        done: set[Place],
+        world: World,
+    ) -> None:
+        self.total = sum(len(questions.questions) for questions in sets)
+        self.done = done
+        self.left, self.share, self.own = self._new(groups), self._new(mine), 0
+        names = ", ".join(questions.name for questions in sets)
+        if done:
+            rest = f"the other {self.left} are asked" if groups else "nothing is asked"
+            note(f"POPE {names}: {self.total - self.left} of {self.total} questions are answered already; {rest}")
+        self.bar = tqdm(
+            total=self.share,
+            desc=f"POPE {names}",
+            unit="question",
+            disable=world.rank != 0 or not groups,
+            mininterval=MIN_INTERVAL,
+        )
+
+    def __enter__(self) -> _Progress:
+        self.began = time.monotonic()
+        if status.current:
+            status.current.update(state="running", step=self.total - self.left, max_steps=self.total)
+        return self
+
+    def add(self, group: list[Picture]) -> None:
+        """A group of this rank's share is answered, and its answers are written."""
+        count = self._new([group])
+        self.own += count
+        self.bar.update(count)
+        if status.current:
+            scale = self.left / self.share
+            rate = self.own * scale / (time.monotonic() - self.began)
+            status.current.update(
+                step=self.total - self.left + round(self.own * scale),
+                rate=round(rate, 2),
+                seconds_left=round((self.share - self.own) * scale / rate),
+            )
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def _new(self, groups: list[list[Picture]]) -> int:
+        return sum(place not in self.done for group in groups for place in _answered_by(group))
+
+
+def _answered_by(group: list[Picture]) -> list[Place]:
     return [place for picture in group for places in picture.asked.values() for place in places]
 
 
@@ -195,7 +258,7 @@ def _answers(
     pixels: list[Future[torch.Tensor]],
     batch_size: int,
     skip_broken: bool,
-) -> list[tuple[str, list[tuple[str, int]], Said]]:
+) -> list[tuple[str, list[Place], Said]]:
     """A group's questions, where they stand, and their answers; ``skip_broken``: without pictures that do not open."""
     opened, asked, places = [], [], []
     for picture, future in zip(group, pixels, strict=True):
@@ -222,23 +285,12 @@ def _answers(
     return [(text, where, said) for (_, text), where, said in zip(asked, places, answers, strict=True)]
 
 
-def _scored(questions: QuestionSet, file: AnswerFile, skip_broken: bool) -> Confusion:
+def _scored(questions: QuestionSet, file: AnswerFile, left_out: set[Place]) -> Confusion:
     """One set's answers, of all ranks, written and counted."""
-    rows = file.merge(list(questions.questions))
+    order = [number for number in questions.questions if (questions.name, number) not in left_out]
+    rows = file.finish(order)
     answers = {row["question_id"]: Answer(row["answer"], row["question"], str(file.path)) for row in rows}
-    labels = {number: label for number, label in questions.labels.items() if number in answers or not skip_broken}
-    return score(labels, answers, questions.file, file.path)
-
-
-def rank_0s(value: int, world: World) -> int:
-    """Rank 0's value, for what must be one number everywhere."""
-    if world.size == 1:
-        return value
-    import torch.distributed as dist
-
-    held = [value]
-    dist.broadcast_object_list(held)
-    return held[0]
+    return score({number: questions.labels[number] for number in order}, answers, questions.file, file.path)
 
 
 def model_key(model_path: str, model_base: str | None, cache_dir: str | None = None) -> dict[str, Any]:

@@ -1,0 +1,42 @@
+# Sourced by the scripts beside this file, in a job or by hand: reads env.sh; by hand, submits the script and ends.
+
+trap '' USR1 USR2 # they mean "save and leave"; until job.py listens, there is nothing to save
+
+die() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+settings=${LLAVA_SETTINGS:-}
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+  command -v sbatch >/dev/null || die "there is no Slurm on this machine; python slurm/submit.py --local runs here"
+  options=("--output=$LLAVA_ROOT/slurm/logs/%x-%j.log")
+  [[ -z $NODES ]] || options+=("--nodes=$NODES")
+  [[ -z $CPUS_PER_TASK ]] || options+=("--cpus-per-task=$CPUS_PER_TASK")
+  exec sbatch "${options[@]}" "$0" "$@"
+fi
+
+# differs NAME SETTING GOT: notes where the job has another than env.sh says (one or several, with commas)
+differs() { [[ -z $2 || ",$2," == *",$3,"* ]] || others+=("$1 ${3:-none} and not $2"); }
+others=()
+differs partition "$PARTITION" "${SLURM_JOB_PARTITION:-}"
+differs account "$ACCOUNT" "${SLURM_JOB_ACCOUNT:-}"
+differs "GPUs a node:" "${GPUS_PER_NODE##*:}" "${SLURM_GPUS_ON_NODE:-0}"
+if [[ -z $settings && ${#others[@]} -gt 0 ]]; then
+  printf -v text '%s, ' "${others[@]}"
+  echo "note: the job has ${text%, }: sbatch does not read slurm/env.sh; bash in its place submits with it" >&2
+fi
+
+set +u # what other programs bring to be sourced is rarely made for it
+prepare_python
+set -u
+command -v python >/dev/null || die "no python in this job; name yours in prepare_python in $LLAVA_ROOT/slurm/env.sh"
+
+# run SCRIPT ARGS...: job.py takes the place of this shell, so that Slurm's signal reaches it
+run() {
+  local options=(--launcher "$LAUNCHER" --max-requeues "$MAX_REQUEUES")
+  [[ -z $PROCESSES ]] || options+=(--processes "$PROCESSES")
+  exec python "$LLAVA_ROOT/slurm/job.py" "${options[@]}" -- "$@"
+}
