@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 
 from llava import interruption
-from llava.command_line import OneLineParser
+from llava.command_line import OneLineParser, refuse_copies
 from llava.errors import UserError, command_line, note
 from llava.eval.pope import PROTOCOLS
 from llava.status import Status
@@ -67,6 +67,7 @@ def main() -> None:
     for flag in ("batch_size", "max_new_tokens"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UserError(f"--{flag} {getattr(args, flag)}: expected 1 or more")
+    refuse_copies()
     check_device_variables()
     protocol = PROTOCOLS[args.prompt]
     args.conv_mode = args.conv_mode or protocol.template
@@ -88,7 +89,8 @@ def main() -> None:
     device = take_card(world)
     say_device(world)
     which_model = model_key(args.model_path, args.model_base, args.cache_dir)  # refuses a path without a model
-    heartbeat = Status(folder, "pope_eval.py", "questions", world.size, writer=world.rank == 0)
+    asked = SETS.get(args.set, args.set)
+    heartbeat = Status(folder, "pope_eval.py", "questions", world.size, world.rank == 0, f"status_{asked}.json")
     tokenizer, model, image_processor, _ = load_pretrained_model(
         args.model_path,
         args.model_base,
@@ -116,7 +118,7 @@ def main() -> None:
     }
     label = folder.resolve().parent.name if folder.name == "pope" else folder.resolve().name
     data_files = [q.file for q in questions.values()]
-    card = RunCard(folder, vars(args), data_files, seed=None, name=f"run_{SETS.get(args.set, args.set)}.json")
+    card = RunCard(folder, vars(args), data_files, seed=None, name=f"run_{asked}.json")
     card.content["protocol"] = args.prompt
     # From here on a signal ends the run between two groups of questions; after the last one, it changes nothing.
     with interruption.held():

@@ -16,7 +16,7 @@ from llava.conversation import conv_templates
 from llava.errors import command_line
 from llava.eval.answer import Answerer, Question
 from llava.eval.answer_files import AnswerFile
-from llava.eval.pope_run import MIN_INTERVAL, model_key
+from llava.eval.pope_run import LOG_INTERVAL, model_key
 from llava.model.builder import load_pretrained_model
 
 BATCH = 20
@@ -51,7 +51,7 @@ def main() -> None:
     file.begin()
     # Whole batches: what a killed run left behind changes no batch, and so no rounding.
     batches = [ids[start : start + BATCH] for start in range(0, len(ids), BATCH)]
-    for batch in tqdm([b for b in batches if not done >= set(b)], desc="descriptions", mininterval=MIN_INTERVAL):
+    for batch in tqdm([b for b in batches if not done >= set(b)], desc="descriptions", mininterval=LOG_INTERVAL):
         texts = answerer.answer([questions[i] for i in batch])
         file.append({"question_id": i, "image": names[i], "text": text} for i, text in zip(batch, texts, strict=True))
     file.finish(ids)

@@ -7,6 +7,7 @@ import datetime
 import difflib
 import os
 import platform
+import re
 import sys
 import time
 from typing import Any, NamedTuple
@@ -76,6 +77,15 @@ def join_world() -> World:
         return world._replace(group=dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7)))
     except RuntimeError as error:
         raise LostRank(f"the {world.size} ranks did not come together ({_cause(error)})") from None
+
+
+def refuse_lost_rank(error: RuntimeError) -> None:
+    """Raise ``LostRank`` where ``error`` is what a collective says when another rank is gone; else do nothing."""
+    if re.search(r"[Cc]onnection (was )?(closed|reset|refused)|Broken pipe|remote process exited|NCCL", str(error)):
+        raise LostRank(
+            f"another rank has ended, or cannot be reached ({_cause(error)}); its own message, or its node's log, says "
+            "why; the same command goes on from the last checkpoint"
+        ) from None
 
 
 def _cause(error: RuntimeError) -> str:

@@ -81,7 +81,7 @@ def _answer(number: int, _: FrameType | None) -> None:
     name = signal.Signals(number).name
     if not _State.held:
         # os.write: a handler may interrupt a print, whose buffer must not be entered twice.
-        os.write(sys.__stderr__.fileno(), f"note: {name}: nothing to save yet, leaving\n".encode())
+        os.write(sys.__stderr__.fileno(), f"note: {name}: leaving, with nothing to save\n".encode())
         os._exit(EXIT_STOPPED)
     if not _State.ending and _State.received is None:
         _State.received = name

@@ -145,7 +145,7 @@ class Status:
         content["updated"] = _now()
         self._written = time.monotonic()
         # A rank's own name: two ranks may write at the same moment.
-        temporary = self.path.with_name(f".{FILE}.{os.environ.get('RANK', '0')}")
+        temporary = self.path.with_name(f".{self.path.name}.{os.environ.get('RANK', '0')}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -34,6 +34,21 @@ prepare_python
 set -u
 command -v python >/dev/null || die "no python in this job; name yours in prepare_python in $LLAVA_ROOT/slurm/env.sh"
 
+# accumulation N ARGS...: how many batches a process adds up, so that a step has as many records as the recipe's on N GPUs
+accumulation() {
+  local recipe=$1 node=${PROCESSES:-${SLURM_GPUS_ON_NODE:-0}}
+  local processes=$((${SLURM_JOB_NUM_NODES:-1} * (node > 0 ? node : 1)))
+  shift
+  if [[ " $* " == *" --gradient"[-_]"accumulation"[-_]"steps"* ]]; then
+    echo 1 # the one in ARGS overrides it
+  elif ((recipe % processes)); then
+    die "$processes processes cannot share the batch of a recipe for $recipe GPUs; pass --per_device_train_batch_size" \
+      "and --gradient_accumulation_steps"
+  else
+    echo $((recipe / processes))
+  fi
+}
+
 # run SCRIPT ARGS...: job.py takes the place of this shell, so that Slurm's signal reaches it
 run() {
   local options=(--launcher "$LAUNCHER" --max-requeues "$MAX_REQUEUES")

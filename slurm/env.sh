@@ -18,11 +18,11 @@ LLAVA_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]:-$0}")/.." && pwd -P)
 : "${CONSTRAINT:=}"    # which nodes, as in a100
 : "${HOURS:=}"         # how long until the job is stopped, saved and queued again; empty: what the partition gives
 : "${MEMORY:=}"        # of a node, as in 200G
-: "${GPUS_PER_NODE:=}" # as in 4 or a100:4; 0 on a cluster without GPUs. Empty: 1 for pope.sh, 8 for the others
+: "${GPUS_PER_NODE:=}" # as in 4 or a100:4; 0 on a cluster without GPUs. Empty: 1
 : "${SIGNAL_LEAD:=}"   # seconds before the end in which a run saves (Slurm may be 60 s early); empty: 180
 # Only for `bash slurm/...`: sbatch has no variables for these, so give `sbatch --nodes=2 ...` otherwise.
 : "${NODES:=}"         # empty: 1
-: "${CPUS_PER_TASK:=}" # CPUs of a node; empty: 8 for pope.sh, 32 for the others
+: "${CPUS_PER_TASK:=}" # CPUs of a node; empty: 8
 
 # --- the run
 : "${LAUNCHER:=torchrun}" # torchrun or deepspeed; either takes --deepspeed zero_configs/...

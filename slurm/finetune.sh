@@ -3,7 +3,7 @@
 #
 #   sbatch slurm/finetune.sh [flags of train_pretrain.py, which override the ones below]
 #
-# The recipe is for 8 GPUs; with fewer, raise --gradient_accumulation_steps as much. It starts from the connector of
+# The recipe is for 8 GPUs; with fewer, a process adds up more batches, and the numbers stay. It starts from the connector of
 # slurm/pretrain.sh and writes to llava-v1.5-7b/ in OUTPUT_ROOT. From another folder than the repository's, start it
 # with bash in the place of sbatch: the log is here.
 #SBATCH --job-name=finetune
@@ -11,8 +11,8 @@
 #SBATCH --open-mode=append
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
-#SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=32
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
 #SBATCH --requeue
 #SBATCH --signal=B:USR2@180
 
@@ -26,12 +26,13 @@ here=$(dirname "$0")
   { echo "error: no common.sh; give sbatch the path of slurm/finetune.sh itself" >&2; exit 2; }
 source "$here/common.sh"
 
+steps=$(accumulation 8 "$@")
 run train_pretrain.py --deepspeed "$LLAVA_ROOT/zero_configs/zero3.json" --model_name_or_path "$LANGUAGE_MODEL" \
   --version v1 --data_path "$FINETUNE_DATA" --image_folder "$FINETUNE_IMAGES" --vision_tower "$VISION_TOWER" \
   --mm_projector_type mlp2x_gelu --pretrain_mm_mlp_adapter "$OUTPUT_ROOT/llava-v1.5-7b-pretrain/mm_projector.bin" \
   --mm_vision_select_layer -2 --mm_use_im_start_end False --mm_use_im_patch_token False --image_aspect_ratio pad \
   --group_by_modality_length True --bf16 True --output_dir "$OUTPUT_ROOT/llava-v1.5-7b" --num_train_epochs 1 \
-  --per_device_train_batch_size 16 --per_device_eval_batch_size 4 --gradient_accumulation_steps 1 \
+  --per_device_train_batch_size 16 --per_device_eval_batch_size 4 --gradient_accumulation_steps "$steps" \
   --evaluation_strategy no --save_strategy steps --save_steps 500 --save_total_limit 1 --learning_rate 2e-5 \
   --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 1 --tf32 True \
   --model_max_length 2048 --gradient_checkpointing True --dataloader_num_workers 4 --lazy_preprocess True \

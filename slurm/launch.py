@@ -5,8 +5,7 @@
     python slurm/launch.py --processes 2 -- pope_eval.py ARGS
 
 Its exit code is that of the first process that failed (128 + N for one that signal N killed). It does not hear SIGUSR1,
-SIGUSR2 and SIGTERM: Slurm sends them to every process of a job, and the ranks answer them. Whoever starts it without
-Slurm sends them to its process group.
+SIGUSR2 and SIGTERM: Slurm sends them to every process of a job, and the ranks answer them.
 """
 
 from __future__ import annotations

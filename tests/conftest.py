@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 sys.path.insert(0, str(ROOT))
+from llava.interruption import SIGNALS  # noqa: E402
+
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -55,10 +58,14 @@ def run_script(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "orig_argv", ["python", f"{name}.py", *map(str, flags)])
         capsys.readouterr()
         code = 0
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
         try:
             importlib.import_module(name).main()
         except SystemExit as exit_:
             code = exit_.code
+        finally:  # the tests themselves answer signals as before
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

@@ -128,7 +128,7 @@ def test_a_process_with_nothing_to_save_leaves_at_once(held):
     if held:
         assert (done.returncode, done.stdout) == (0, "SIGTERM\n")
     else:
-        assert (done.returncode, done.stdout, done.stderr) == (75, "", "note: SIGTERM: nothing to save yet, leaving\n")
+        assert (done.returncode, done.stdout, done.stderr) == (75, "", "note: SIGTERM: leaving, with nothing to save\n")
 
 
 class Killed(BaseException):

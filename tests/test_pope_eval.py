@@ -263,7 +263,7 @@ def test_a_signal_ends_a_run_between_two_groups(
     line = "stopped by SIGUSR2; its answers are written, and the same command asks only the rest"
     assert err.strip().splitlines()[-1] == f"note: {line}"
     assert len(counted["groups"]) == 10
-    status = read_status(tmp_path)
+    status = read_status(tmp_path / "status_all.json")
     assert (status["state"], status["message"], status["max_steps"]) == ("stopped", line, 1080)
 
     finish = AnswerFile.finish
@@ -275,7 +275,7 @@ def test_a_signal_ends_a_run_between_two_groups(
     assert sum(number for number, _ in counted["groups"]) == 60
     for name in SETS:
         assert (tmp_path / f"pope_{name}.jsonl").read_bytes() == (answered / f"pope_{name}.jsonl").read_bytes()
-    status = read_status(tmp_path)
+    status = read_status(tmp_path / "status_all.json")
     assert (status["state"], status["step"], status["seconds_left"]) == ("finished", 1080, None)
     card = json.loads((tmp_path / "run_all.json").read_text())
     assert status["metrics"]["popular/f1"] == round(card["metrics"]["popular"]["f1"], 4)

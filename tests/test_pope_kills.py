@@ -88,7 +88,7 @@ def test_twenty_kills_change_nothing(peaceful, pope_world, golden, tmp_path):
         assert codes == [0] * ranks
         assert answers_in(folder) == answers_in(whole)
         assert {f.name for f in folder.iterdir()} == {f.name for f in whole.iterdir()}  # no part, no temporary file
-        assert read_status(folder)["state"] == "finished"
+        assert read_status(folder / "status_all.json")["state"] == "finished"
         assert number < KILLS, f"too few kills: {killed}"
     assert min(killed.values()) >= 5, killed
 
@@ -101,7 +101,7 @@ def test_a_signal_stops_every_rank_and_others_go_on(peaceful, pope_world, golden
         run.send(number)
         assert run.wait(grace=60) == [EXIT_STOPPED] * ranks, run.text
         assert run.stderr().strip().splitlines()[-1].startswith(f"note: stopped by {number.name}; ")
-        assert read_status(tmp_path)["state"] == "stopped"
+        assert read_status(tmp_path / "status_all.json")["state"] == "stopped"
     run = forked.run("pope_eval", command)
     assert run.codes == [0], run.text
     assert answers_in(tmp_path) == answers_in(peaceful[0])
@@ -116,7 +116,7 @@ def test_a_rank_that_dies_fails_the_run_and_loses_nothing(peaceful, pope_world, 
     assert run.wait(grace=60) == [1, -signal.SIGKILL], run.text
     line = "LostRank: another rank has ended; its own message, or its node's log, says why; the same command goes on"
     assert line in run.stderr()
-    status = read_status(tmp_path)
+    status = read_status(tmp_path / "status_all.json")
     assert status["state"] == "failed" and status["message"].startswith(line)
     assert not list(tmp_path.glob("pope_*.made.json"))
     run = forked.run("pope_eval", command)

@@ -87,15 +87,14 @@ def test_syntax(file):
 @pytest.mark.parametrize("name", JOBS)
 def test_what_sbatch_reads(name):
     lines = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", (SLURM / f"{name}.sh").read_text(), flags=re.MULTILINE))
-    cards, cpus = ("1", "8") if name == "pope" else ("8", "32")
     assert lines == {
         "job-name": name,
         "output": "slurm/logs/%x-%j.log",
         "open-mode": "append",
         "nodes": "1",
         "ntasks-per-node": "1",
-        "gpus-per-node": cards,
-        "cpus-per-task": cpus,
+        "gpus-per-node": "1",
+        "cpus-per-task": "8",
         "requeue": "",
         "signal": "B:USR2@180",
     }
@@ -150,6 +149,32 @@ def test_training(in_job, tmp_path, monkeypatch, name, script, parts, batch):
     assert (train.save_strategy, train.save_total_limit) == ("steps", 1)
     assert train.save_steps <= 500, "a job that is killed goes on from here"
     assert train.output_dir.startswith("runs/")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "cards", "processes", "own", "expected"),
+    [
+        ("1", "1", "", [], "8"),
+        ("1", "2", "", [], "4"),
+        ("2", "4", "", [], "1"),
+        ("1", "0", "4", [], "2"),
+        ("1", "3", "", [], None),
+        ("1", "16", "", [], None),
+        ("1", "3", "", ["--gradient-accumulation-steps", "5"], "5"),
+    ],
+)
+def test_a_step_has_as_many_records_on_fewer_cards(in_job, tmp_path, nodes, cards, processes, own, expected):
+    job = {"SLURM_JOB_NUM_NODES": nodes, "SLURM_GPUS_ON_NODE": cards, "PROCESSES": processes}
+    done = in_job("dpo", *own, DPO_MODEL="m", **job)
+    if expected is None:
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: {cards} processes cannot share the batch of a recipe for 8 GPUs; pass ")
+        assert not (tmp_path / "srun").exists()
+        return
+    argv = launched(tmp_path)[2]
+    flags = [arg.replace("-", "_") for arg in argv]
+    last = len(flags) - 1 - flags[::-1].index("__gradient_accumulation_steps")
+    assert (done.returncode, argv[last + 1]) == (0, expected)
 
 
 def test_a_failed_step_fails_the_job(in_job):

@@ -5,6 +5,7 @@ The three sets ask 9,000 questions about the same 500 pictures, 5,127 different 
 
 from __future__ import annotations
 
+import datetime
 import sys
 import time
 from collections.abc import Iterator
@@ -27,8 +28,7 @@ from llava.files import sha256
 from llava.model.checkpoint import fingerprint
 from llava.model.delta import read_chain, split_names
 
-# Seconds between updates of the progress bar: a queued job's log should not be made of them.
-MIN_INTERVAL = 0.5 if sys.stderr.isatty() else 30.0
+LOG_INTERVAL = 30.0  # seconds between lines of progress where nobody looks on: a queued job's log
 
 Place = tuple[str, int]  # a set and the id of one of its questions
 
@@ -177,7 +177,7 @@ def answer_sets(
 
 
 class _Progress:
-    """How far the ranks are: a bar for who looks on, and the heartbeat.
+    """How far the ranks are: a bar for who looks on, lines for a log, and the heartbeat.
 
     Rank 0 knows its own share alone, which is every n-th group; for all ranks it scales that up.
     """
@@ -193,7 +193,8 @@ class _Progress:
         self.total = sum(len(questions.questions) for questions in sets)
         self.done = done
         self.left, self.share, self.own = self._new(groups), self._new(mine), 0
-        names = ", ".join(questions.name for questions in sets)
+        self.names = names = ", ".join(questions.name for questions in sets)
+        self.logs = world.rank == 0 and not sys.stderr.isatty()
         if done:
             rest = f"the other {self.left} are asked" if groups else "nothing is asked"
             note(f"POPE {names}: {self.total - self.left} of {self.total} questions are answered already; {rest}")
@@ -201,12 +202,11 @@ class _Progress:
             total=self.share,
             desc=f"POPE {names}",
             unit="question",
-            disable=world.rank != 0 or not groups,
-            mininterval=MIN_INTERVAL,
+            disable=world.rank != 0 or not groups or self.logs,
         )
 
     def __enter__(self) -> _Progress:
-        self.began = time.monotonic()
+        self.began = self.logged = time.monotonic()
         if status.current:
             status.current.update(state="running", step=self.total - self.left, max_steps=self.total)
         return self
@@ -216,14 +216,16 @@ class _Progress:
         count = self._new([group])
         self.own += count
         self.bar.update(count)
+        now, scale = time.monotonic(), self.left / self.share
+        rate = self.own * scale / (now - self.began)
+        step = self.total - self.left + round(self.own * scale)
+        seconds_left = round((self.share - self.own) * scale / rate)
         if status.current:
-            scale = self.left / self.share
-            rate = self.own * scale / (time.monotonic() - self.began)
-            status.current.update(
-                step=self.total - self.left + round(self.own * scale),
-                rate=round(rate, 2),
-                seconds_left=round((self.share - self.own) * scale / rate),
-            )
+            status.current.update(step=step, rate=round(rate, 2), seconds_left=seconds_left)
+        if self.logs and (now - self.logged > LOG_INTERVAL or self.own == self.share):
+            self.logged = now
+            left = datetime.timedelta(seconds=seconds_left)
+            note(f"POPE {self.names}: {step}/{self.total} questions, {rate:.3g} questions/s, {left} left")
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()

@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from llava import interruption
+from llava.distributed import refuse_lost_rank
 from llava.files import publish, read_object, write_json
 from llava.model.llava_arch import LabelScores, mean_loss
 from llava.run_card import RunCard
@@ -175,6 +176,7 @@ class LlavaTrainer(Trainer):
         Raises:
             Stopped: a signal came; the run is saved and goes on when it is started again.
             UserError: a number is not finite, or the disk is full.
+            LostRank: another rank has ended.
         """
         self.run_name = card.content["run"]
         self.add_callback(Progress(status.unit, status))
@@ -189,6 +191,10 @@ class LlavaTrainer(Trainer):
                 status.stop(str(stopped))
                 if self.args.should_save:
                     card.stop(str(stopped))
+                raise
+            except RuntimeError as error:
+                if self.args.world_size > 1:
+                    refuse_lost_rank(error)
                 raise
             with interruption.finishing():
                 self.finish(card)
