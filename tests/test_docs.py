@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from llava.eval.pope import Confusion, table_header  # noqa: E402
 from llava.model import export  # noqa: E402
 from llava.train import arguments, parsing  # noqa: E402
 from llava.train.trainable import choose_parts  # noqa: E402
+from slurm import flags as submit_flags  # noqa: E402
 
 ENGLISH, CHINESE = (ROOT / name for name in ("README.md", "README.zh-CN.md"))
 READMES = [ENGLISH, CHINESE]
@@ -120,11 +122,19 @@ def test_command_parses(
         assert words[1:] == [".venv/bin/activate"]
     elif words[0] == "tensorboard":
         assert words[1] == "--logdir"
+    elif words[0] == "sbatch":
+        check_sbatch(ROOT / words[1], words[2:])
     else:
         assert words[0] in LAUNCHERS, f"{words[0]}: not a command that the READMEs may use"
         script, argv = split_launcher(words)
         assert (ROOT / script).is_file()
         monkeypatch.chdir(tmp_path)
+        if script == "slurm/submit.py":
+            args, command = submit_flags.parse_args("", argv)
+            assert command or args.status is not None
+            if not command:
+                return
+            script, argv = command[0], command[1:]
         if script.startswith("benchmarks/"):
             source = "".join((ROOT / file).read_text(encoding="utf-8") for file in (script, "benchmarks/duel.py"))
             assert all(f'"{word}"' in source for word in argv if word.startswith("--"))
@@ -134,6 +144,22 @@ def test_command_parses(
         else:
             monkeypatch.setattr(sys, "argv", [script, *argv])
             OTHERS[script].parse_args()
+
+
+def check_sbatch(script: Path, argv: list[str]) -> None:
+    """What our scripts run themselves is tested with them; here, what the READMEs add."""
+    assert script.is_file()
+    if script.stem == "pope":
+        assert argv[0] in ("random", "popular", "adv", "all")
+        assert len(argv) <= 2
+        return
+    ours = re.search(r"^run (\S+) ", script.read_text(encoding="utf-8"), flags=re.MULTILINE)[1]
+    known = options(parsing.HfArgumentParser(TRAINING[ours]))
+    assert {word for word in argv if word.startswith("--")} <= known
+
+
+def options(parser: argparse.ArgumentParser) -> set[str]:
+    return {option for action in parser._actions for option in action.option_strings}
 
 
 def test_hadpo_commands_do_what_they_say(
@@ -157,8 +183,10 @@ def test_every_script_has_a_command() -> None:
 def test_flags_named_in_the_text_exist(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     known = set().union(*LAUNCHERS.values())
     for classes in TRAINING.values():
-        parser = parsing.HfArgumentParser(classes)
-        known |= {option for action in parser._actions for option in action.option_strings}
+        known |= options(parsing.HfArgumentParser(classes))
+    with pytest.raises(SystemExit):
+        submit_flags.parse_args("", ["--help"])
+    known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
     for name, script in OTHERS.items():
         monkeypatch.setattr(sys, "argv", [name, "--help"])
         with pytest.raises(SystemExit):
