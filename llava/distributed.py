@@ -8,6 +8,7 @@ import difflib
 import os
 import platform
 import re
+import signal
 import sys
 import time
 from typing import Any, NamedTuple
@@ -149,6 +150,17 @@ def check_device_variables() -> None:
 
 def _letters(name: str) -> str:
     return "".join(filter(str.isalpha, name.upper()))
+
+
+def end_workers() -> None:
+    """End what data workers are left: they do not hear SIGTERM, with which the interpreter would end and await them."""
+    multiprocessing = sys.modules.get("multiprocessing")
+    workers = multiprocessing.active_children() if multiprocessing else []
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a worker's end for an error
+    for worker in workers:
+        worker.kill()
+        worker.join()
 
 
 def leave_world() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from llava import interruption, status
-from llava.distributed import LostRank, leave_world
+from llava.distributed import LostRank, end_workers, leave_world
 from llava.interruption import EXIT_STOPPED, Stopped
 
 T = TypeVar("T")
@@ -84,7 +84,9 @@ def command_line(main: Callable[[], T]) -> Callable[[], T]:
             _end(1)
         except Exception as error:
             status.failed(f"{type(error).__name__}: {error}")
+            end_workers()
             raise
+        end_workers()
         interruption.ignore()  # all is written; a signal now would only make a finished run look stopped
         leave_world()
         return result
@@ -94,6 +96,7 @@ def command_line(main: Callable[[], T]) -> Callable[[], T]:
 
 def _end(code: int) -> NoReturn:
     sys.stdout.flush()
+    end_workers()
     # The other ranks may be waiting in a collective: the interpreter's exit would wait for them.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         os._exit(code)

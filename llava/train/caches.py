@@ -27,6 +27,7 @@ from llava import interruption
 from llava.errors import BrokenImage, UserError, warn
 from llava.files import publish, sha256
 from llava.model.checkpoint import content_hash, has_tower, weight_files
+from llava.train.guards import deaf_worker
 from llava.train.reference import FirstPolicy, Reference
 from llava.train.reference_cache import ReferenceCache, record_keys
 
@@ -115,6 +116,7 @@ def each_batch(
         batch_sampler=_shared_out(indices, args.per_device_train_batch_size, accelerator),
         collate_fn=Numbered(trainer.data_collator),
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=functools.partial(deaf_worker, None),
     )
     training = model.training
     model.eval()

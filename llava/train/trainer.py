@@ -112,8 +112,8 @@ class LlavaTrainer(Trainer):
         self._finite.check_gradient(norm, self.state.global_step + 1)
         return norm
 
-    def get_train_dataloader(self) -> DataLoader:
-        loader = super().get_train_dataloader()
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        loader = super()._get_dataloader(*args, **kwargs)
         inner = getattr(loader, "base_dataloader", loader)
         inner.worker_init_fn = functools.partial(deaf_worker, inner.worker_init_fn)
         return loader
