@@ -80,7 +80,7 @@ def join_world() -> World:
         raise LostRank(f"the {world.size} ranks did not come together ({_cause(error)})") from None
 
 
-def refuse_lost_rank(error: RuntimeError) -> None:
+def refuse_lost_rank(error: Exception) -> None:
     """Raise ``LostRank`` where ``error`` is what a collective says when another rank is gone; else do nothing."""
     if re.search(r"[Cc]onnection (was )?(closed|reset|refused)|Broken pipe|remote process exited|NCCL", str(error)):
         raise LostRank(
@@ -89,7 +89,7 @@ def refuse_lost_rank(error: RuntimeError) -> None:
         ) from None
 
 
-def _cause(error: RuntimeError) -> str:
+def _cause(error: Exception) -> str:
     return str(error).partition("\n")[0].partition(". ")[0]  # what follows is advice for developers
 
 

@@ -7,6 +7,7 @@ disk or a node that fails leaves no half of one; a file that is lost or cut off 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -215,12 +216,11 @@ def room_for(output_dir: Path) -> None:
 
 
 def no_room(output_dir: Path, why: str) -> UserError:
-    """The error of a disk that takes no more."""
+    """The error of an output folder that takes no more."""
     whole = next((folder for folder in checkpoints_of(output_dir).values() if not fault(folder)), None)
     kept = f"{whole.name} is untouched" if whole else "there is no checkpoint yet"
     return UserError(
-        f"{output_dir}: the next checkpoint cannot be written ({why}); {kept}; make room and give the same command "
-        "again",
+        f"{output_dir}: no more can be written ({why}); {kept}; make room and give the same command again",
         everywhere=False,
     )
 
@@ -228,10 +228,11 @@ def no_room(output_dir: Path, why: str) -> UserError:
 def write_failure(error: Exception) -> str | None:
     """What a writer's exception says of the disk, None where it is about something else.
 
-    torch's writer of archives reports a full disk as a ``RuntimeError``.
+    safetensors and torch's writer of archives have errors of their own for a full disk.
     """
-    if isinstance(error, (OSError, SafetensorError)):
-        return " ".join(str(error).split())
-    if isinstance(error, RuntimeError) and re.search(r"PytorchStreamWriter|inline_container|file write", str(error)):
-        return str(error).splitlines()[0]
-    return None
+    said = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return said if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, None) else None
+    if isinstance(error, SafetensorError):
+        return said if re.search(r"I/?O|Io|os error", said) else None
+    return said[:200] if re.search(r"PytorchStreamWriter|inline_container|file write", said) else None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from llava import interruption
 from llava.errors import UserError
@@ -30,6 +31,14 @@ class StopWhenAsked(TrainerCallback):
             self._group = dist.new_group(backend="gloo")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # What is due at an epoch's end comes first: a run that goes on from here begins with the next one.
+        if not (state.epoch.is_integer() and IntervalStrategy.EPOCH in (args.eval_strategy, args.logging_strategy)):
+            self._ask(state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._ask(state, control)
+
+    def _ask(self, state: Any, control: Any) -> None:
         names = [None, *(number.name for number in interruption.SIGNALS)]
         asked = torch.tensor(names.index(interruption.requested()))
         if self._group is not None:

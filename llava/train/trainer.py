@@ -187,18 +187,20 @@ class LlavaTrainer(Trainer):
         with interruption.held():
             try:
                 self.train(resume_from_checkpoint=checkpoint)
+                with interruption.finishing():
+                    self.finish(card)
+                    status.update(state="finished")
             except interruption.Stopped as stopped:
                 status.stop(str(stopped))
                 if self.args.should_save:
                     card.stop(str(stopped))
                 raise
-            except RuntimeError as error:
+            except (OSError, SafetensorError, RuntimeError) as error:
+                if why := write_failure(error):
+                    raise no_room(Path(self.args.output_dir), why) from None
                 if self.args.world_size > 1:
                     refuse_lost_rank(error)
                 raise
-            with interruption.finishing():
-                self.finish(card)
-                status.update(state="finished")
 
     def finish(self, card: RunCard) -> None:
         """Save the run: weights, trainer_state.json, run.json with the final metrics."""
@@ -242,12 +244,10 @@ class LlavaTrainer(Trainer):
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))  # the best one by its final name
                 newest = publish_checkpoint(staged, self.run_name)
                 rotate(output_dir, newest, self.args.save_total_limit, self.state.best_model_checkpoint, self.run_name)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            why = write_failure(error)
-            if why is None:
-                raise
-            shutil.rmtree(output_dir / STAGING, ignore_errors=True)
-            raise no_room(output_dir, why) from None
+        except Exception as error:
+            if write_failure(error):
+                shutil.rmtree(output_dir / STAGING, ignore_errors=True)  # room for what the others write
+            raise
         finally:
             self._staging, self.args.save_only_model = None, only_model
         self.accelerator.wait_for_everyone()
@@ -262,7 +262,9 @@ class LlavaTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        files = sorted(Path(checkpoint or "").glob("log_sums_*.json"), key=lambda path: int(path.stem.split("_")[-1]))
+        if checkpoint is None:
+            return
+        files = sorted(Path(checkpoint).glob("log_sums_*.json"), key=lambda path: int(path.stem.split("_")[-1]))
         for file in files[self.args.process_index :: self.args.world_size]:  # another number of ranks: shared out
             sums = read_object(file)
             self._tr_loss += sums["loss"] * self.args.world_size / len(files)
