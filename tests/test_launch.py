@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,42 +105,8 @@ def test_a_script_in_a_process_group_ends_before_the_interpreter_does(tmp_path, 
     assert done.stdout == "done exit function\n" + ("" if joins else "the interpreter ends\n")
 
 
-@pytest.fixture(scope="module")
-def alone(golden, tmp_path_factory):
-    """One process, batches of four pairs: what two processes with two pairs each must reproduce."""
-    out = tmp_path_factory.mktemp("alone")
-    launch(sys.executable, "train_dpo.py", *SMALL.format(golden=golden, out=out, batch=4).split())
-    return out
-
-
-@pytest.mark.parametrize(
-    ("name", "launcher", "extra"),
-    [
-        ("torchrun", ["torchrun", "--nproc_per_node", 2, "--master_port", 29873], []),
-        ("zero2", ["deepspeed", "--num_gpus", 2, "--master_port", 29874], ["--deepspeed", "zero_configs/zero2.json"]),
-        ("zero3", ["deepspeed", "--num_gpus", 2, "--master_port", 29875], ["--deepspeed", "zero_configs/zero3.json"]),
-    ],
-)
-def test_two_processes_compute_what_one_does(golden, tmp_path, alone, name, launcher, extra):
-    from safetensors.torch import load_file
-
-    out = tmp_path / "out"
-    launch(
-        BIN / launcher[0], *launcher[1:], "train_dpo.py", *SMALL.format(golden=golden, out=out, batch=2).split(), *extra
-    )
-    keys = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "logits/chosen")
-    for mine, theirs in zip(logs_of(out), logs_of(alone), strict=True):
-        assert [mine[key] for key in keys] == pytest.approx([theirs[key] for key in keys], rel=1e-4, abs=1e-5)
-    want = load_file(alone / "adapter_model.safetensors")
-    got = load_file(out / "adapter_model.safetensors")
-    assert got.keys() == want.keys()
-    assert max((got[key] - want[key]).abs().max().item() for key in want) < 1e-5
-    engine = json.loads((out / "run.json").read_text())["engine"]["model"]
-    assert ("DeepSpeedEngine" in engine) is (name != "torchrun")
-
-
 @pytest.mark.slow
-def test_best_checkpoint_held_out_pairs_and_resuming_on_two_processes(golden, tmp_path, alone):
+def test_best_checkpoint_held_out_pairs_and_resuming_on_two_processes(golden, tmp_path):
     """Three held-out pairs on two ranks: the fourth place of the last batch must not be counted."""
     rows = [
         {"image": "a_wide_97x41.png", "prompt": "Is there a dog?", "chosen": "No.", "rejected": "Yes, a dog."},
@@ -155,15 +121,15 @@ def test_best_checkpoint_held_out_pairs_and_resuming_on_two_processes(golden, tm
     saving = ["--save_strategy", "steps", "--save_steps", 2, "--load_best_model_at_end", True]
     saving += ["--metric_for_best_model", "eval_rewards/margins", "--group_by_modality_length", True]
 
-    def evals(out, command, batch):
-        flags = SMALL.format(golden=golden, out=out, batch=batch).split()
-        launch(*command, "train_dpo.py", *flags, *evaluation, *saving, "--save_total_limit", 9)
+    def evals(out, processes):
+        flags = SMALL.format(golden=golden, out=out, batch=4 // processes).split()
+        flags += [*evaluation, *saving, "--save_total_limit", 9]
+        run = forked.run("train_dpo", flags, world_size=processes)
+        assert run.codes == [0] * processes, run.text
         return [x for x in json.loads((out / "trainer_state.json").read_text())["log_history"] if "eval_loss" in x]
 
-    torchrun = [BIN / "torchrun", "--nproc_per_node", 2, "--master_port", 29879]
     keys = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen", "eval_logits/chosen")
-    one = evals(tmp_path / "one", [sys.executable], 4)
-    two = evals(tmp_path / "two", torchrun, 2)
+    one, two = evals(tmp_path / "one", 1), evals(tmp_path / "two", 2)
     for mine, theirs in zip(two, one, strict=True):
         assert [mine[key] for key in keys] == pytest.approx([theirs[key] for key in keys], rel=1e-3, abs=1e-4)
 
@@ -172,48 +138,10 @@ def test_best_checkpoint_held_out_pairs_and_resuming_on_two_processes(golden, tm
     killed.mkdir()
     shutil.copy(tmp_path / "two" / "run.json", killed)
     shutil.copytree(tmp_path / "two" / "checkpoint-4", killed / "checkpoint-4")
-    evals(killed, torchrun, 2)
+    evals(killed, 2)
     whole, resumed = logs_of(tmp_path / "two"), logs_of(killed)
     assert [x["loss"] for x in resumed] == pytest.approx([x["loss"] for x in whole], abs=1e-6)
     assert len(json.loads((killed / "run.json").read_text())["earlier"]) == 1
-
-
-@pytest.mark.slow
-def test_a_whole_model_trains_under_zero3_with_a_partitioned_reference(golden, tmp_path):
-    flags = SMALL.format(golden=golden, out=tmp_path / "z3", batch=2).replace("--lora_enable True", "").split()
-    launch(
-        *(BIN / "deepspeed", "--num_gpus", 2, "--master_port", 29876, "train_dpo.py"),
-        *(*flags, "--deepspeed", "zero_configs/zero3.json"),
-    )
-    flags = SMALL.format(golden=golden, out=tmp_path / "one", batch=4).replace("--lora_enable True", "").split()
-    launch(sys.executable, "train_dpo.py", *flags)
-    engine = json.loads((tmp_path / "z3" / "run.json").read_text())["engine"]
-    assert engine["optimizer"].endswith("DeepSpeedZeroOptimizer_Stage3")
-    for mine, theirs in zip(logs_of(tmp_path / "z3"), logs_of(tmp_path / "one"), strict=True):
-        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
-    from llava.model.checkpoint import read_model_weights
-
-    got, want = read_model_weights(tmp_path / "z3"), read_model_weights(tmp_path / "one")
-    assert got.keys() == want.keys()
-    assert max((got[key] - want[key]).abs().max().item() for key in want) < 1e-4
-
-
-@pytest.mark.slow
-def test_a_reference_and_features_are_kept_under_zero3(golden, tmp_path, alone):
-    """Partitioned weights, both ranks filling the caches, and every parameter but the tower's training."""
-    flags = SMALL.format(golden=golden, out=tmp_path / "kept", batch=2).replace("--lora_enable True", "").split()
-    launch(
-        *(BIN / "deepspeed", "--num_gpus", 2, "--master_port", 29879, "train_dpo.py", *flags),
-        *("--deepspeed", "zero_configs/zero3.json", "--feature_cache", tmp_path / "features"),
-        *("--reference", "cache", "--reference_cache", tmp_path / "reference.jsonl"),
-    )
-    assert len((tmp_path / "reference.jsonl").read_text().splitlines()) >= 1 + 8
-    assert len(list((tmp_path / "features").glob("*/*.safetensors"))) == 8
-    # Only the first step knows the base alone: its numbers are those of any run on these pairs.
-    mine, theirs = logs_of(tmp_path / "kept")[0], logs_of(alone)[0]
-    assert mine["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    for key in ("logps/chosen", "logps/rejected", "rewards/margins"):
-        assert mine[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-3)
 
 
 def test_deepspeed_needs_no_launcher(golden, tmp_path):
@@ -222,30 +150,34 @@ def test_deepspeed_needs_no_launcher(golden, tmp_path):
     assert "DeepSpeedEngine" in json.loads((tmp_path / "out" / "run.json").read_text())["engine"]["model"]
 
 
-@pytest.mark.parametrize(
-    ("launcher", "extra"),
-    [
-        (["torchrun", "--nproc_per_node", 2, "--master_port", 29877], ["--gradient_checkpointing", "True"]),
-        pytest.param(
-            ["deepspeed", "--num_gpus", 2, "--master_port", 29878],
-            ["--deepspeed", "zero_configs/zero3.json"],
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_text_only_rows_on_one_rank_and_pictures_on_the_other(golden, tmp_path, launcher, extra):
-    """Every rank must run tower and connector in every step, or the others wait for it for ever."""
+@pytest.fixture
+def mixed(golden, tmp_path):
+    """Flags of three steps, with text-only rows on one rank and pictures on the other."""
     picture = {"image": "a_wide_97x41.png", "conversations": turns("<image>\nWhat is it?", "A car.")}
     words = {"conversations": turns("Hello!", "Hi, how can I help?")}
     data = tmp_path / "mixed.json"
     data.write_text(json.dumps([picture, words, words, words, words, picture]))
-    launch(
-        *(BIN / launcher[0], *launcher[1:], "train_pretrain.py", "--data_path", data),
-        *("--model_name_or_path", golden / "tiny-llava-original", "--image_folder", golden / "images"),
-        *("--version", "v1", "--model_max_length", 512, "--output_dir", tmp_path / "out", "--max_steps", 3),
-        *("--per_device_train_batch_size", 1, "--logging_steps", 1, "--save_strategy", "no", "--report_to", "none"),
-        *("--train_sampling_strategy", "sequential", "--learning_rate", 1e-3, *extra),
-    )
+    return [
+        *("--data_path", data, "--model_name_or_path", golden / "tiny-llava-original"),
+        *("--image_folder", golden / "images", "--output_dir", tmp_path / "out"),
+        *("--version", "v1", "--model_max_length", 512, "--max_steps", 3, "--per_device_train_batch_size", 1),
+        *("--logging_steps", 1, "--save_strategy", "no", "--report_to", "none", "--learning_rate", 1e-3),
+        *("--train_sampling_strategy", "sequential"),
+    ]
+
+
+def test_every_rank_runs_tower_and_connector_in_every_step(mixed, tmp_path):
+    """Or the others wait for it for ever."""
+    torchrun = (BIN / "torchrun", "--nproc_per_node", 2, "--master_port", 29877)
+    launch(*torchrun, "train_pretrain.py", *mixed, "--gradient_checkpointing", True)
+    assert all(log["loss"] > 0 for log in logs_of(tmp_path / "out"))
+
+
+@pytest.mark.slow
+def test_every_rank_gathers_tower_and_connector_in_every_step(mixed, tmp_path):
+    """Under ZeRO-3 the others wait for their weights too."""
+    run = forked.run("train_pretrain", [*mixed, "--deepspeed", ROOT / "zero_configs" / "zero3.json"], world_size=2)
+    assert run.codes == [0, 0], run.text
     assert all(log["loss"] > 0 for log in logs_of(tmp_path / "out"))
 
 

@@ -24,6 +24,7 @@ from llava.errors import UserError, warn
 from llava.files import read_object, write_json
 from llava.run_card import AFRESH
 from llava.run_card import FILE as RUN_CARD
+from llava.train.caches import rank_0s
 
 MANIFEST = "complete.json"
 STAGING = ".unfinished"
@@ -123,11 +124,21 @@ def newest_whole(output_dir: Path) -> Path | None:
 def checkpoint_to_resume(args: Any) -> str | None:
     """The folder to go on from: the newest whole one of ``--output_dir``, or what ``--resume_from_checkpoint`` says.
 
-    ``False`` starts afresh. A folder that is named is taken as it is where it has no manifest (another program's).
+    ``False`` starts afresh. A folder that is named is taken as it is where it has no manifest (another program's). Rank 0
+    looks, for all: another one might see something else through a network folder.
 
     Raises:
         UserError: the folder that the flag names is no whole checkpoint, or the checkpoint has no optimizer state.
     """
+    found = rank_0s(_to_resume(args) if args.process_index == 0 else None)
+    if found is not None and not Path(found).is_dir():
+        raise UserError(
+            f"{found} cannot be seen from here; --output_dir must be a folder that all nodes share", everywhere=False
+        )
+    return found
+
+
+def _to_resume(args: Any) -> str | None:
     wanted = args.resume_from_checkpoint
     if wanted in AFRESH:
         return None

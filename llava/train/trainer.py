@@ -116,6 +116,9 @@ class LlavaTrainer(Trainer):
         loader = super()._get_dataloader(*args, **kwargs)
         inner = getattr(loader, "base_dataloader", loader)
         inner.worker_init_fn = functools.partial(deaf_worker, inner.worker_init_fn)
+        # Else every iterator draws the workers' seed from what dropout draws from, persistent workers once in a run: a
+        # run that goes on would draw once more than the one that was not stopped.
+        inner.generator = torch.Generator().manual_seed(self.args.seed)
         return loader
 
     def prediction_step(
