@@ -63,6 +63,7 @@ def main() -> None:
     from llava.conversation import template
     from llava.distributed import check_device_variables, join_world, say_device, take_card
     from llava.eval.pope_run import answer_sets, model_key, output_dir, read_questions
+    from llava.files import claim_folder
 
     for flag in ("batch_size", "max_new_tokens"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
@@ -120,6 +121,8 @@ def main() -> None:
     data_files = [q.file for q in questions.values()]
     card = RunCard(folder, vars(args), data_files, seed=None, name=f"run_{asked}.json")
     card.content["protocol"] = args.prompt
+    if world.rank == 0:
+        claim_folder(folder, f"run_{asked}")
     # From here on a signal ends the run between two groups of questions; after the last one, it changes nothing.
     with interruption.held():
         try:
@@ -142,6 +145,7 @@ def main() -> None:
             heartbeat.update(state="finished", seconds_left=None, metrics=metrics)
             rows = (table_row(label, name, "-", c) for name, c in counts.items())
             print(table_header(), *rows, sep="\n", flush=True)
+        interruption.ignore()
 
 
 if __name__ == "__main__":

@@ -82,10 +82,13 @@ def join_world() -> World:
 
 def refuse_lost_rank(error: Exception) -> None:
     """Raise ``LostRank`` where ``error`` is what a collective says when another rank is gone; else do nothing."""
-    if re.search(r"[Cc]onnection (was )?(closed|reset|refused)|Broken pipe|remote process exited|NCCL", str(error)):
+    if re.search(
+        r"[Cc]onnection (was )?(closed|reset|refused)|Broken pipe|remote process exited|communicator was aborted",
+        str(error),
+    ):
         raise LostRank(
             f"another rank has ended, or cannot be reached ({_cause(error)}); its own message, or its node's log, says "
-            "why; the same command goes on from the last checkpoint"
+            "why; the same command goes on from what is written"
         ) from None
 
 

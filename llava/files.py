@@ -186,16 +186,16 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 _CLAIMED: dict[Path, IO[str]] = {}  # a lock lives as long as its file is open
 
 
-def claim_folder(folder: str | os.PathLike[str]) -> None:
+def claim_folder(folder: str | os.PathLike[str], name: str = "run") -> None:
     """Make sure that no other process writes to a run's folder until this one ends, however it ends.
 
-    The lock is the kernel's own (POSIX): a killed process has none, nor has a data worker that outlives it. Where the
-    file system has no locks, nothing is claimed.
+    Runs of another ``name`` may. The lock is the kernel's own (POSIX): a killed process has none, nor has a data worker
+    that outlives it. Where the file system has no locks, nothing is claimed.
 
     Raises:
         UserError: another process holds the folder.
     """
-    path = Path(folder).resolve() / "run.lock"
+    path = Path(folder).resolve() / f"{name}.lock"
     if path in _CLAIMED:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from llava.errors import UserError
 from llava.files import claim_folder, read_object, sha256, write_json
 
 FILE = "run.json"
@@ -68,14 +69,20 @@ class RunCard:
         A run ``goes_on`` when it is ``resumed`` from a checkpoint, and also where it was killed before it had one.
 
         Raises:
-            UserError: another process is writing to the folder.
+            UserError: another process is writing to the folder, or a file of records is another one by now.
         """
         claim_folder(self.path.parent)
         before = read_object(self.path) if self.path.is_file() else {}
         arguments = self.content["arguments"]
         killed = before.get("status") not in (None, "finished") and before.get("arguments") == arguments
-        afresh = str(arguments.get("resume_from_checkpoint")) in AFRESH
+        afresh = str(arguments.get("resume_from_checkpoint")) in AFRESH and not queued_again()
         self.goes_on = resumed or (killed and not afresh)
+        for path, file in self.content["data"].items() if resumed else ():
+            if before.get("data", {}).get(path, file)["sha256"] != file["sha256"]:
+                raise UserError(
+                    f"{path} has changed since the run began, and its records would not be those that are still to "
+                    "come; bring it back, choose another --output_dir, or pass --resume_from_checkpoint False"
+                )
         if self.goes_on and before:
             self.content["run"] = before.get("run", self.content["run"])
             self.content["earlier"] = [*before.pop("earlier", []), before]
@@ -94,6 +101,11 @@ class RunCard:
         """The run ended well: wall time in seconds and final metrics."""
         self.content.update(status="finished", wall_time_s=round(time.time() - self._start, 3), metrics=metrics)
         self.write()
+
+
+def queued_again() -> bool:
+    """Whether this is not the first start of a Slurm job: its command was written for that one."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 def git_state() -> dict[str, str] | None:

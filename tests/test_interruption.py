@@ -16,6 +16,7 @@ from conftest import losses_of, succeed
 from safetensors.torch import load_file
 
 from llava import interruption
+from llava.status import read_status
 from llava.train import checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,8 +64,8 @@ def make_whole(run_script, flags, whole):
     return whole
 
 
-def same_run(got: Path, want: Path) -> None:
-    """Weights to the bit, every logged number, and nothing left lying about."""
+def same_run(got: Path, want: Path, timed: tuple[str, ...] = ()) -> None:
+    """Weights to the bit, every logged number but those that are ``timed``, and nothing left lying about."""
     for name in ("adapter_model.safetensors",):
         mine, theirs = load_file(got / name), load_file(want / name)
         assert mine.keys() == theirs.keys()
@@ -72,7 +73,10 @@ def same_run(got: Path, want: Path) -> None:
     others = [torch.load(folder / "non_lora_trainables.bin", weights_only=True) for folder in (got, want)]
     assert all(torch.equal(others[0][key], others[1][key]) for key in others[1])
     logs = [
-        [{k: v for k, v in log.items() if not k.startswith("train_")} for log in json.loads(text)["log_history"]]
+        [
+            {k: v for k, v in log.items() if not k.startswith(("train_", *timed))}
+            for log in json.loads(text)["log_history"]
+        ]
         for text in ((folder / "trainer_state.json").read_text() for folder in (got, want))
     ]
     assert logs[0] == logs[1]
@@ -90,6 +94,7 @@ def test_a_signal_saves_a_checkpoint_from_which_the_run_ends_as_if_nothing_had_b
     assert code == interruption.EXIT_STOPPED == 75
     assert f"note: stopped by {name} after step 5; checkpoint-5 is whole" in err
     assert checkpoints.fault(tmp_path / "out" / "checkpoint-5") is None
+    assert read_status(tmp_path / "out")["last_checkpoint"] == "checkpoint-5"
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "stopped"
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()  # the run has not ended
     after_step(0, None)
@@ -360,6 +365,112 @@ def test_losses_between_log_lines_are_not_forgotten(run_script, flags, whole, af
     after_step(0, None)
     succeed(run_script("train_dpo", *flags, "--output_dir", tmp_path / "out"))
     assert losses_of(tmp_path / "out") == losses_of(whole)
+
+
+@pytest.fixture
+def evaluated(dpo_flags, golden, tmp_path):
+    """Two steps an epoch, with dropout and two held-out pairs."""
+    row = {
+        "image": str(golden / "images" / "a_wide_97x41.png"),
+        "prompt": "A dog?",
+        "chosen": "No.",
+        "rejected": "Yes.",
+    }
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text((json.dumps(row) + "\n") * 2)
+    return [
+        *(*dpo_flags, "--lora_enable", True, "--lora_dropout", 0.1, "--eval_data_path", held_out),
+        *("--per_device_train_batch_size", 8, "--num_train_epochs", 3, "--save_strategy", "steps", "--save_steps", 4),
+    ]
+
+
+def stop_after(run_script, after_step, number, *flags):
+    after_step(number, lambda: os.kill(os.getpid(), signal.SIGUSR2))
+    code, _, err = run_script("train_dpo", *flags)
+    after_step(0, None)
+    assert code == 75, err
+    return err
+
+
+@pytest.mark.parametrize("strategy", ["--eval_strategy", "--logging_strategy"])
+def test_stopped_at_the_end_of_an_epoch(run_script, evaluated, after_step, tmp_path, strategy):
+    """What is due at an epoch's end comes before the stop: it would not be made up for."""
+    flags = [*evaluated, strategy, "epoch", "--num_train_epochs", 2]
+    succeed(run_script("train_dpo", *flags, "--output_dir", tmp_path / "straight"))
+    steps = json.loads((tmp_path / "straight" / "trainer_state.json").read_text())["global_step"]
+    stop_after(run_script, after_step, steps // 2, *flags, "--output_dir", tmp_path / "out")
+    succeed(run_script("train_dpo", *flags, "--output_dir", tmp_path / "out"))
+    same_run(tmp_path / "out", tmp_path / "straight", timed=("eval_runtime", "eval_samples", "eval_steps_per"))
+
+
+def test_the_best_step_may_have_no_checkpoint(run_script, evaluated, tmp_path):
+    flags = [*evaluated, "--eval_strategy", "steps", "--eval_steps", 1, "--load_best_model_at_end", True]
+    flags += ["--metric_for_best_model", "eval_loss", "--greater_is_better", True, "--save_total_limit", 1]
+    code, _, err = run_script("train_dpo", *flags, "--output_dir", tmp_path / "out")
+    assert code == 0, err
+    best = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["best_global_step"]
+    assert best % 4
+    assert f"step {best} was best, but has no checkpoint; the model is that of " in err
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_saving_only_what_is_best_does_not_keep_a_run_from_stopping(run_script, evaluated, after_step, tmp_path):
+    flags = [*evaluated, "--save_strategy", "best", "--metric_for_best_model", "eval_loss", "--greater_is_better", True]
+    flags += ["--eval_strategy", "steps", "--eval_steps", 1, "--output_dir", tmp_path / "out"]
+    assert "after step 3; checkpoint-3 is whole" in stop_after(run_script, after_step, 3, *flags)
+
+
+def test_a_job_that_is_queued_again_goes_on_whatever_its_flag_says(
+    run_script, flags, whole, after_step, tmp_path, monkeypatch
+):
+    make_whole(run_script, flags, whole)
+    flags = [*flags, "--resume_from_checkpoint", False, "--output_dir", tmp_path / "out"]
+    stop_after(run_script, after_step, 5, *flags)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    out = succeed(run_script("train_dpo", *flags))
+    assert "step 6/6" in out and "step 2/6" not in out
+    same_run(tmp_path / "out", whole)
+
+
+def test_a_run_does_not_go_on_with_other_records(run_script, flags, after_step, golden, tmp_path):
+    data = tmp_path / "pope_data.json"
+    records = json.loads((golden / "hadpo_data" / "pope_data.json").read_text())
+    data.write_text(json.dumps(records))
+    flags = [*flags, "--pope_data_path", data, "--output_dir", tmp_path / "out"]
+    stop_after(run_script, after_step, 2, *flags)
+    data.write_text(json.dumps(records[::-1]))
+    code, _, err = run_script("train_dpo", *flags)
+    assert code == 2 and f"error: {data} has changed since the run began" in err
+
+
+def test_a_model_without_optimizer_is_not_gone_on_from(two_checkpoints):
+    """--save_only_model: the older checkpoint, which a signal has written, is."""
+    run = json.loads((two_checkpoints / "run.json").read_text())["run"]
+    newest = two_checkpoints / "checkpoint-6"
+    (newest / "optimizer.pt").unlink()
+    (newest / "complete.json").unlink()
+    checkpoints.seal(newest, run)
+    assert checkpoints.newest_whole(two_checkpoints) == two_checkpoints / "checkpoint-3"
+    checkpoints.rotate(two_checkpoints, newest, 1, None, run)
+    assert (two_checkpoints / "checkpoint-3").is_dir(), "the only one to go on from"
+
+
+def test_a_damaged_checkpoint_is_not_counted(two_checkpoints):
+    run = json.loads((two_checkpoints / "run.json").read_text())["run"]
+    (two_checkpoints / "checkpoint-3").rename(two_checkpoints / "checkpoint-2")
+    shutil.copytree(two_checkpoints / "checkpoint-2", two_checkpoints / "checkpoint-3")
+    (two_checkpoints / "checkpoint-3" / "complete.json").write_text("{")
+    checkpoints.rotate(two_checkpoints, two_checkpoints / "checkpoint-6", 2, None, run)
+    assert sorted(checkpoints.checkpoints_of(two_checkpoints)) == [2, 3, 6]
+
+
+def test_only_a_runs_own_leftovers_are_swept(tmp_path):
+    kept = [".notes.markdown", ".env.personal", "run.json", ".gitignore"]
+    swept = [".run.json.a1b2c3d4", ".adapter_model.safetensors.tmp", ".non_lora_trainables.bin.abcdefgh"]
+    for name in (*kept, *swept):
+        (tmp_path / name).write_text("x")
+    checkpoints.sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
 @pytest.mark.slow

@@ -286,7 +286,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_records(tmp_path, 
     run = forked.start("train_dpo", flags, world_size=size)
     codes = run.wait(grace=2)
     assert 2 in codes and 0 not in codes, run.text
-    (error,) = (line for line in run.text.splitlines() if "error: " in line)
+    (error,) = (line for line in run.text.splitlines() if "error: step " in line)
     (report,) = folder.glob("nonfinite-step-*.json")
     assert str(report) in error and "nan" in error
     content = json.loads(report.read_text())

@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llava.errors import UserError, warn
 from llava.files import read_object, write_json
-from llava.run_card import AFRESH
+from llava.run_card import AFRESH, queued_again
 from llava.run_card import FILE as RUN_CARD
 from llava.train.caches import rank_0s
 
@@ -103,14 +103,16 @@ def newest_whole(output_dir: Path) -> Path | None:
         UserError: there are checkpoints, and none is whole: beginning anew must be the user's choice.
     """
     run = read_object(output_dir / RUN_CARD).get("run") if (output_dir / RUN_CARD).is_file() else None
-    faults = {}
+    faults, whole = {}, []
     for folder in checkpoints_of(output_dir).values():
         if problem := fault(folder):
             faults[folder] = problem
         elif run is None or _run_of(folder) in (run, None):
-            break
+            whole.append(folder)
+            if _has_optimizer(folder):
+                break
     else:
-        folder = None
+        folder = whole[0] if whole else None  # which cannot be gone on from, as will be said
     for passed, problem in faults.items():
         if folder is None and (passed / TRAINER_STATE_NAME).is_file():
             raise UserError(
@@ -124,8 +126,9 @@ def newest_whole(output_dir: Path) -> Path | None:
 def checkpoint_to_resume(args: Any) -> str | None:
     """The folder to go on from: the newest whole one of ``--output_dir``, or what ``--resume_from_checkpoint`` says.
 
-    ``False`` starts afresh. A folder that is named is taken as it is where it has no manifest (another program's). Rank 0
-    looks, for all: another one might see something else through a network folder.
+    ``False`` starts afresh. A folder that is named is taken as it is where it has no manifest (another program's). A
+    job that Slurm has queued again has used up what the flag says, and goes on. Rank 0 looks, for all: another rank
+    might see something else through a network folder.
 
     Raises:
         UserError: the folder that the flag names is no whole checkpoint, or the checkpoint has no optimizer state.
@@ -139,7 +142,7 @@ def checkpoint_to_resume(args: Any) -> str | None:
 
 
 def _to_resume(args: Any) -> str | None:
-    wanted = args.resume_from_checkpoint
+    wanted = None if queued_again() else args.resume_from_checkpoint
     if wanted in AFRESH:
         return None
     if wanted in (None, "True", "true"):
@@ -152,12 +155,17 @@ def _to_resume(args: Any) -> str | None:
         raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint of a run ({TRAINER_STATE_NAME} is missing)")
     if (folder / MANIFEST).is_file() and (problem := fault(folder)):
         raise UserError(f"--resume_from_checkpoint {wanted}: not whole, {problem}; choose another one")
-    if not ((folder / "optimizer.pt").is_file() or any(folder.glob("global_step*"))):
+    if not _has_optimizer(folder):
         raise UserError(
             f"{wanted} holds no optimizer state (--save_only_model), so the run cannot go on from it; choose another "
             "--output_dir, or pass --resume_from_checkpoint False to start afresh"
         )
     return wanted
+
+
+def _has_optimizer(folder: Path) -> bool:
+    """Whether a run can go on from it: ``--save_only_model`` leaves that out."""
+    return (folder / "optimizer.pt").is_file() or any(folder.glob("global_step*"))
 
 
 def publish_checkpoint(staged: Path, run: str | None) -> Path:
@@ -174,15 +182,18 @@ def publish_checkpoint(staged: Path, run: str | None) -> Path:
 
 
 def rotate(output_dir: Path, newest: Path, limit: int | None, best: str | None, run: str | None) -> None:
-    """Delete this run's older checkpoints but ``limit`` of all (``--save_total_limit``); never ``newest`` nor ``best``.
+    """Delete this run's older checkpoints but ``limit`` of all (``--save_total_limit``); never ``newest`` nor ``best``,
+    nor the newest that the run can go on from.
 
     ``newest`` is whole (``publish_checkpoint``).
     """
     if not limit or limit < 0:
         return
+    older = [f for f in checkpoints_of(output_dir).values() if not fault(f) and _run_of(f) == run]
     kept = {newest.name} | ({Path(best).name} if best else set())
-    for folder in checkpoints_of(output_dir).values():
-        if folder.name in kept or _run_of(folder) not in (run, None):
+    kept |= {folder.name for folder in [f for f in older if _has_optimizer(f)][:1]}
+    for folder in older:
+        if folder.name in kept:
             continue
         if len(kept) < limit:
             kept.add(folder.name)
@@ -207,7 +218,8 @@ def sweep(output_dir: Path) -> None:
     for folder in (output_dir / STAGING, *output_dir.glob(f"{REMOVED}-*")):
         shutil.rmtree(folder, ignore_errors=True)
     for path in output_dir.glob(".*"):
-        if path.is_file() and re.fullmatch(r"\..+\.([a-z0-9_]{8}|tmp)", path.name):  # of atomic_write, of write_tensors
+        # Of atomic_write and of write_tensors, while they write what a run writes.
+        if path.is_file() and re.fullmatch(r"\.[\w-]+\.(json|bin|safetensors)\.([a-z0-9_]{8}|tmp)", path.name):
             path.unlink(missing_ok=True)
 
 

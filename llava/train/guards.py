@@ -15,6 +15,8 @@ from llava import interruption
 from llava.errors import UserError
 from llava.files import write_json
 
+OVERFLOWS = 50  # of float16 in a row: the scale, 2^16 at first and halved each time, was below 1 long ago
+
 
 class StopWhenAsked(TrainerCallback):
     """After an optimizer step: where any rank was sent a signal, all of them save; ``asked`` is its name.
@@ -28,7 +30,7 @@ class StopWhenAsked(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if args.world_size > 1:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=args.ddp_timeout_delta)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # What is due at an epoch's end comes first: a run that goes on from here begins with the next one.
@@ -65,6 +67,7 @@ class Finite:
         self.dataset = dataset
         self.args = args
         self.records: list[int] = []  # of this rank, since the last optimizer step
+        self.overflows = 0  # steps in a row
 
     def saw(self, records: torch.Tensor | None) -> None:
         """A batch begins."""
@@ -79,10 +82,12 @@ class Finite:
     def check_gradient(self, norm: Any, step: int) -> None:
         """Raise ``UserError`` on all ranks; ``norm`` is the gradient's, over all of them. The step's records end here.
 
-        In float16 an overflow is part of the game: its step is left out and the scale lowered.
+        In float16 an overflow is part of the game: its step is left out and the scale lowered, but not for ever.
         """
         records, self.records = self.records, []
-        if norm is None or self.args.fp16 or math.isfinite(float(norm)):
+        finite = norm is None or math.isfinite(float(norm))
+        self.overflows = 0 if finite else self.overflows + 1
+        if finite or (self.args.fp16 and self.overflows < OVERFLOWS):
             return
         of_rank: list[Any] = [records]
         if self.args.world_size > 1:

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from llava.errors import UserError
 from llava.files import read_object, sha256, whole_lines, write_json
+from llava.interruption import Stopped
 from llava.model.builder import model_settings
 from llava.model.checkpoint import content_hash
 from llava.train.caches import datasets_of, distinct_pictures, each_batch, feature_files, fill_features, rank_0s
@@ -170,7 +171,7 @@ class Writer:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None:
+        if kind is None or issubclass(kind, Stopped):
             self._flush()
 
     def add(self, key: str, hidden: torch.Tensor) -> None:

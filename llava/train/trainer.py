@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from llava import interruption
 from llava.distributed import refuse_lost_rank
+from llava.errors import warn
 from llava.files import publish, read_object, write_json
 from llava.model.llava_arch import LabelScores, mean_loss
 from llava.run_card import RunCard
@@ -185,6 +187,7 @@ class LlavaTrainer(Trainer):
         self.add_callback(Progress(status.unit, status))
         if self.pop_callback(TensorBoardCallback) is not None:
             self.add_callback(TensorBoardOfAllParts(card.goes_on))
+        self.args.eval_on_start = self.args.eval_on_start and checkpoint is None
         if self.args.should_save:
             sweep(Path(self.args.output_dir))
         with interruption.held():
@@ -193,6 +196,7 @@ class LlavaTrainer(Trainer):
                 with interruption.finishing():
                     self.finish(card)
                     status.update(state="finished")
+                    interruption.ignore()
             except interruption.Stopped as stopped:
                 status.stop(str(stopped))
                 if self.args.should_save:
@@ -202,12 +206,18 @@ class LlavaTrainer(Trainer):
                 if why := write_failure(error):
                     raise no_room(Path(self.args.output_dir), why) from None
                 if self.args.world_size > 1:
+                    time.sleep(2)  # if a signal has ended the other rank, this one's own is on its way
+                    interruption.stop_if_requested("what is written is kept")
                     refuse_lost_rank(error)
                 raise
 
     def finish(self, card: RunCard) -> None:
         """Save the run: weights, trainer_state.json, run.json with the final metrics."""
         metrics = dict(self.state.log_history[-1]) if self.state.log_history else {}
+        best = self.state.best_global_step
+        saved = Path(self.state.best_model_checkpoint or "the last step").name
+        if self.args.load_best_model_at_end and best and saved != checkpoint_name(best):
+            warn(f"--load_best_model_at_end: step {best} was best, but has no checkpoint; the model is that of {saved}")
         self.save_model()  # first: an evaluation that fails must not cost the run
         if self.eval_dataset is not None:
             metrics.update(self.evaluate())
@@ -240,22 +250,39 @@ class LlavaTrainer(Trainer):
                 shutil.rmtree(self._staging, ignore_errors=True)  # a killed run may have left one
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
-            if self.state.best_global_step:
-                self.state.best_model_checkpoint = str(output_dir / checkpoint_name(self.state.best_global_step))
+            best = checkpoint_name(self.state.best_global_step or 0)
+            if best == name or (output_dir / best).is_dir():
+                self.state.best_model_checkpoint = str(output_dir / best)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))  # the best one by its final name
                 newest = publish_checkpoint(staged, self.run_name)
                 rotate(output_dir, newest, self.args.save_total_limit, self.state.best_model_checkpoint, self.run_name)
         except Exception as error:
-            if write_failure(error):
+            if write_failure(error) and self.args.should_save:
                 shutil.rmtree(output_dir / STAGING, ignore_errors=True)  # room for what the others write
             raise
         finally:
             self._staging, self.args.save_only_model = None, only_model
         self.accelerator.wait_for_everyone()
         if asked:
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
             raise interruption.Stopped(f"stopped by {asked} after step {self.state.global_step}; {name} is whole")
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: Any, model: nn.Module, *args: Any, **kw: Any
+    ) -> None:
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kw)
+        if self._stop.asked:  # --save_strategy best saves only what is best
+            self._save_checkpoint(model, None)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Without deleting the newest checkpoint where another was best: the final model is still to be written."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Also what was added up since the last log line: a run that goes on shall log what it would have."""
