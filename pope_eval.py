@@ -90,8 +90,6 @@ def main() -> None:
     device = take_card(world)
     say_device(world)
     which_model = model_key(args.model_path, args.model_base, args.cache_dir)  # refuses a path without a model
-    asked = SETS.get(args.set, args.set)
-    heartbeat = Status(folder, "pope_eval.py", "questions", world.size, world.rank == 0, f"status_{asked}.json")
     tokenizer, model, image_processor, _ = load_pretrained_model(
         args.model_path,
         args.model_base,
@@ -117,6 +115,8 @@ def main() -> None:
         "quantized": [args.load_8bit, args.load_4bit],
         "scores": args.scores,
     }
+    asked = SETS.get(args.set, args.set)
+    heartbeat = Status(folder, "pope_eval.py", "questions", world.size, world.rank == 0, f"status_{asked}.json")
     label = folder.resolve().parent.name if folder.name == "pope" else folder.resolve().name
     data_files = [q.file for q in questions.values()]
     card = RunCard(folder, vars(args), data_files, seed=None, name=f"run_{asked}.json")

@@ -41,7 +41,6 @@ def main() -> None:
     checkpoint = checkpoint_to_resume(train_args)
     check_resumed(checkpoint, arguments)
     first = train_args.process_index == 0
-    say_device(read_world(), train_args.device.type == "cuda")
 
     # Everything a user can have got wrong is found here, before gigabytes are read.
     plan = plan_model(model_args, data_args, train_args, parts)
@@ -62,6 +61,7 @@ def main() -> None:
         print(f"{len(pairs)} pairs, {len(held_out or ())} held out, {len(pairs.aux or ())} records for --aux_data")
     card = RunCard(train_args.output_dir, arguments, data_args.files, train_args.seed)
 
+    say_device(read_world(), train_args.device.type == "cuda")
     set_seed(train_args.seed)
     policy = plan.load()
     if "lora" in parts:

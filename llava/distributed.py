@@ -113,6 +113,8 @@ def say_device(world: World, on_cuda: bool | None = None) -> None:
     else:
         threads = torch.get_num_threads()
         device = f"cpu, {threads} thread{'s' if threads > 1 else ''}"
+        if os.environ.get(VISIBLE, "NoDevFiles") not in ("", "-1", "NoDevFiles"):
+            device += f", although {VISIBLE}={os.environ[VISIBLE]}"
     line = f"rank {world.rank} (local {world.local_rank} on {platform.node()}): {device}\n"
     sys.stderr.write(line)  # in one piece: print would write the end of the line apart, between those of other ranks
     sys.stderr.flush()

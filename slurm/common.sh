@@ -23,6 +23,9 @@ differs() { [[ -z $2 || ",$2," == *",$3,"* ]] || others+=("$1 ${3:-none} and not
 others=()
 differs partition "$PARTITION" "${SLURM_JOB_PARTITION:-}"
 differs account "$ACCOUNT" "${SLURM_JOB_ACCOUNT:-}"
+differs QOS "$QOS" "${SLURM_JOB_QOS:-}"
+differs nodes: "$NODES" "${SLURM_JOB_NUM_NODES:-1}"
+differs "CPUs a node:" "$CPUS_PER_TASK" "${SLURM_CPUS_PER_TASK:-1}"
 differs "GPUs a node:" "${GPUS_PER_NODE##*:}" "${SLURM_GPUS_ON_NODE:-0}"
 if [[ -z $settings && ${#others[@]} -gt 0 ]]; then
   printf -v text '%s, ' "${others[@]}"
@@ -33,10 +36,13 @@ set +u # what other programs bring to be sourced is rarely made for it
 prepare_python
 set -u
 command -v python >/dev/null || die "no python in this job; name yours in prepare_python in $LLAVA_ROOT/slurm/env.sh"
+python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch"))' ||
+  die "$(command -v python) has no torch; name the Python that has it in prepare_python in $LLAVA_ROOT/slurm/env.sh"
 
 # accumulation N ARGS...: how many batches a process adds up, so that a step has as many records as the recipe's on N GPUs
 accumulation() {
   local recipe=$1 node=${PROCESSES:-${SLURM_GPUS_ON_NODE:-0}}
+  [[ $node =~ ^[0-9]+$ ]] || die "PROCESSES=$PROCESSES: expected a number"
   local processes=$((${SLURM_JOB_NUM_NODES:-1} * (node > 0 ? node : 1)))
   shift
   if [[ " $* " == *" --gradient"[-_]"accumulation"[-_]"steps"* ]]; then

@@ -14,6 +14,9 @@ from slurm import gpus
 from slurm.job import LOGS, MAX_REQUEUES
 from slurm.launch import LAUNCHERS, add_launch_options, choose_cards, refuse_both
 
+# Options of sbatch that ask for cards.
+CARDS = {"gpus", "gpus-per-node", "gpus-per-task", "gres"}
+
 # What --sbatch may not set, by the flag that does.
 OURS = {
     "array": "--array",
@@ -135,7 +138,7 @@ def fill(args: argparse.Namespace, settings: dict[str, str]) -> None:
     """Give flags that were left out the values of slurm/env.sh, by its variables' names, or where it has none ours."""
     for name, (variable, kind, default) in {
         "nodes": ("NODES", _positive, 1),
-        "cpus_per_task": ("CPUS_PER_TASK", _positive, None),
+        "cpus_per_task": ("CPUS_PER_TASK", _positive, 8),
         "signal_before": ("SIGNAL_LEAD", _positive, 180),
         "launcher": ("LAUNCHER", _launcher, "torchrun"),
         "processes": ("PROCESSES", _positive, None),
@@ -147,6 +150,16 @@ def fill(args: argparse.Namespace, settings: dict[str, str]) -> None:
                 setattr(args, name, kind(text) if text else default)
             except argparse.ArgumentTypeError as error:
                 raise UserError(f"slurm/env.sh: {variable}={error}") from None
+    given = {sbatch_option(option)[0] for option in args.sbatch}
+    if args.gpus is None and not (
+        CARDS & given or {f"SBATCH_{name.upper().replace('-', '_')}" for name in CARDS} & settings.keys()
+    ):
+        args.gpus = "1"  # as the scripts beside this file: a run that was meant for a card must not find none
+    if args.hours and args.hours * 3600 < 2 * args.signal_before:
+        raise UserError(
+            f"--hours {args.hours:g}: the run is told to save {args.signal_before} s before the end, and would do "
+            "little else; give it more time, or a smaller --signal-before"
+        )
 
 
 def sbatch_option(text: str) -> tuple[str, str | bool]:

@@ -18,6 +18,12 @@
 
 set -euo pipefail
 
+# Before it is submitted: a job that waits a day should not fail on its name.
+usage="slurm/pope.sh SET [RUN] [flags of pope_eval.py], with SET one of random, popular, adv, all"
+[[ $# -gt 0 ]] || { echo "error: no SET; expected: $usage" >&2; exit 2; }
+[[ $1 =~ ^(random|popular|adv|adversarial|all)$ ]] ||
+  { echo "error: SET '$1' is not known; expected: $usage" >&2; exit 2; }
+
 # sbatch runs a copy of this file in another folder; Slurm knows where the original lies.
 here=$(dirname "$0")
 [[ -e $here/common.sh ]] ||
@@ -26,11 +32,8 @@ here=$(dirname "$0")
   { echo "error: no common.sh; give sbatch the path of slurm/pope.sh itself" >&2; exit 2; }
 source "$here/common.sh"
 
-usage="slurm/pope.sh SET [RUN] [flags of pope_eval.py], with SET one of random, popular, adv, all"
-[[ $# -gt 0 ]] || die "no SET; expected: $usage"
 set=$1
 shift
-[[ $set =~ ^(random|popular|adv|adversarial|all)$ ]] || die "SET '$set' is not known; expected: $usage"
 if [[ $# -gt 0 && $1 != -* ]]; then
   MODEL_PATH=$1
   shift

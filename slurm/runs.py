@@ -39,7 +39,7 @@ def commands(command: list[str], array: Path | None) -> list[list[str]]:
 def output_dir(run: list[str]) -> Path | None:
     """The folder of a command's ``--output_dir``, if it has one."""
     value = _value(run, "--output_dir")
-    return Path(value).expanduser().absolute() if value else None
+    return Path(value).expanduser().resolve() if value else None
 
 
 def heartbeat_root(run: list[str]) -> Path | None:

@@ -19,6 +19,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -38,7 +39,7 @@ SETTINGS = ROOT / "slurm" / "env.sh"
 # Options of sbatch by the names of their variables, which win over a script's lines; of a group one alone may be given.
 VARIABLES = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE", "array": "ARRAY_INX"}
 GROUPS = [
-    {"gpus", "gpus-per-node", "gpus-per-task", "gres"},
+    flags.CARDS,
     {"mem", "mem-per-cpu", "mem-per-gpu"},
     {"requeue", "no-requeue"},
     {"output", "error"},
@@ -164,7 +165,11 @@ def enqueue(args: argparse.Namespace, command: list[str], name: str) -> int:
     table.remember(args.logs, [(job, log, run) for (job, log), run in zip(logs.items(), todo, strict=True)])
     number = jobs[0].job_id.split("_")[0]
     print(f"submitted job {number}; log: {log_file(args.logs, name, number + '_*' if len(todo) > 1 else number)}")
-    return watch.follow(number, logs) if args.watch else 0
+    try:
+        return watch.follow(number, logs) if args.watch else 0
+    except KeyboardInterrupt:
+        print(f"\nnote: job {number} goes on; scancel {number} ends it", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 @command_line

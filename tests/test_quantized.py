@@ -148,7 +148,8 @@ def test_a_run_on_a_quantized_model(run_script, dpo_flags, tmp_path, golden, bit
     flags = [*dpo_flags, *LORA, "--gradient_checkpointing", True, "--output_dir", folder]
     code, out, err = run_script("train_dpo", *flags, "--bits", bits)
     assert code == 0, err
-    assert err == ("" if bits == 8 else DOWN_STAYS)
+    notes = [line for line in err.splitlines(keepends=True) if not line.startswith("rank 0 ")]
+    assert notes == ([] if bits == 8 else [DOWN_STAYS])
     losses = losses_of(folder)
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[-1] < losses[0]
     assert "| backbone | 228,672 | 0 | - |" in out
@@ -232,7 +233,8 @@ def test_without_the_package(run_script, dpo_flags, pope_world, golden, tmp_path
         run_script("pope_eval", *pope_flags(pope_world, golden, "out"), f"--load-{bits}bit"),
     ):
         assert result[0] == 2 and f"{bits}" in result[2] and "pip install bitsandbytes" in result[2], result[2]
-        assert result[2].count("\n") == 1 and not list(tmp_path.rglob("*.json*"))
+        said = [line for line in result[2].splitlines() if not line.startswith("rank 0 ")]
+        assert len(said) == 1 and not list(tmp_path.rglob("*.json*"))
 
 
 def test_weights_that_are_quantized_on_disk(golden, tmp_path, pretrain_flags, run_script, bits):

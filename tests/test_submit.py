@@ -79,6 +79,7 @@ def test_dry_run_needs_no_slurm(call, programs, tmp_path):
     code, out, _ = call(*options, "--sbatch", "exclusive", "--sbatch", "mail-type=END", "--dry-run", "--", *POPE)
     assert code == 0
     assert re.findall(r"^#SBATCH (.*)", out, re.MULTILINE) == [
+        "--cpus-per-task=8",
         "--exclusive",
         "--gpus-per-node=a100:4",
         "--job-name=n",
@@ -97,6 +98,20 @@ def test_dry_run_needs_no_slurm(call, programs, tmp_path):
     assert lines.index("trap '' USR1 USR2") < next(i for i, line in enumerate(lines) if line.startswith("exec "))
     assert lines[-1] == "# runs: pope_eval.py --coco_path c --pope_path p --model-path m"
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [([], "--gpus-per-node=1"), (["--sbatch", "gres=gpu:2"], "--gres=gpu:2"), (["--gpus", 0], "--gpus-per-node=0")],
+)
+def test_a_run_that_names_no_cards_gets_one(call, options, asked):
+    _, out, _ = call(*options, "--dry-run", "--", *POPE)
+    assert [line for line in out.split() if "gpu" in line] == [asked]
+
+
+def test_no_time_left_but_for_saving(call):
+    code, _, err = call("--hours", 0.05, "--dry-run", "--", *POPE)
+    assert code == 2 and "--hours 0.05: the run is told to save 180 s before the end" in err
 
 
 def test_settings_fill_in_and_flags_win(call, tmp_path, monkeypatch):
