@@ -84,7 +84,10 @@ def same_run(got: Path, want: Path, timed: tuple[str, ...] = ()) -> None:
     assert json.loads((got / "run.json").read_text())["status"] == "finished"
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGTERM"])
+SLOW = pytest.mark.slow  # what differs little from its neighbour
+
+
+@pytest.mark.parametrize("name", ["SIGUSR2", pytest.param("SIGUSR1", marks=SLOW), pytest.param("SIGTERM", marks=SLOW)])
 def test_a_signal_saves_a_checkpoint_from_which_the_run_ends_as_if_nothing_had_been(
     run_script, flags, whole, after_step, tmp_path, name
 ):
@@ -142,7 +145,12 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize(
     ("where", "call"),
-    [("publish_checkpoint", 2), ("seal", 2), ("rotate", 2), ("remove", 1)],
+    [
+        ("seal", 2),
+        ("remove", 1),
+        pytest.param("publish_checkpoint", 2, marks=SLOW),
+        pytest.param("rotate", 2, marks=SLOW),
+    ],
 )
 def test_killed_inside_a_save(run_script, flags, whole, tmp_path, monkeypatch, where, call):
     """The second save, at step 6, does not get to its end; what it had begun is no checkpoint, the first one stays."""
@@ -322,7 +330,7 @@ def test_a_full_disk_is_said_before_anything_is_touched(run_script, flags, whole
     same_run(tmp_path / "out", whole)
 
 
-@pytest.mark.parametrize("writer", ["safetensors", "torch", "json"])
+@pytest.mark.parametrize("writer", ["torch", pytest.param("safetensors", marks=SLOW), pytest.param("json", marks=SLOW)])
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written(run_script, flags, whole, tmp_path, monkeypatch, writer):
     """Every kind of writer says it in its own way; the limit on a file's size makes them say it."""
     import resource
@@ -392,7 +400,7 @@ def stop_after(run_script, after_step, number, *flags):
     return err
 
 
-@pytest.mark.parametrize("strategy", ["--eval_strategy", "--logging_strategy"])
+@pytest.mark.parametrize("strategy", ["--eval_strategy", pytest.param("--logging_strategy", marks=SLOW)])
 def test_stopped_at_the_end_of_an_epoch(run_script, evaluated, after_step, tmp_path, strategy):
     """What is due at an epoch's end comes before the stop: it would not be made up for."""
     flags = [*evaluated, strategy, "epoch", "--num_train_epochs", 2]
