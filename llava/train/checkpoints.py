@@ -142,7 +142,9 @@ def checkpoint_to_resume(args: Any) -> str | None:
 
 
 def _to_resume(args: Any) -> str | None:
-    wanted = None if queued_again() else args.resume_from_checkpoint
+    wanted = args.resume_from_checkpoint
+    if queued_again() and (own := newest_whole(Path(args.output_dir))):
+        wanted = str(own)  # killed before it had one, it begins where the flag says once more
     if wanted in AFRESH:
         return None
     if wanted in (None, "True", "true"):
