@@ -63,7 +63,7 @@ def main() -> None:
     from llava.conversation import template
     from llava.distributed import check_device_variables, join_world, say_device, take_card
     from llava.eval.pope_run import answer_sets, model_key, output_dir, read_questions
-    from llava.files import claim_folder
+    from llava.files import claim_folder, leftovers
 
     for flag in ("batch_size", "max_new_tokens"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
@@ -123,6 +123,8 @@ def main() -> None:
     card.content["protocol"] = args.prompt
     if world.rank == 0:
         claim_folder(folder, f"run_{asked}")
+        for file in [*leftovers(card.path), *leftovers(heartbeat.path)]:
+            file.unlink(missing_ok=True)
     # From here on a signal ends the run between two groups of questions; after the last one, it changes nothing.
     with interruption.held():
         try:

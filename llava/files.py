@@ -220,9 +220,9 @@ def claim_folder(folder: str | os.PathLike[str], name: str = "run") -> None:
 
 
 def leftovers(path: Path) -> list[Path]:
-    """What ``atomic_folder`` was filling for ``path`` when its process was killed; or still is."""
+    """What ``atomic_write`` or ``atomic_folder`` was filling for ``path`` when its process was killed; or still is."""
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}")  # tempfile's names
-    return sorted(found for found in path.parent.glob(".*") if pattern.fullmatch(found.name) and found.is_dir())
+    return sorted(found for found in path.parent.glob(".*") if pattern.fullmatch(found.name))
 
 
 def publish(temporary: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:

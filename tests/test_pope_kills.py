@@ -19,8 +19,8 @@ pytestmark = pytest.mark.slow
 SETS = ("random", "popular", "adversarial")
 KILLS = 20
 # Changes of files, as forked.py notes them: of answers at any time, and of those that are written at the end.
-ANY = r"^\w+ \.?pope_"
-END = r"^(\w+ \.?pope_[a-z]+\.(made\.json|jsonl)|remove )"
+ANY = r"^\w+ \.?(pope|run|status)_"
+END = r"^(\w+ \.?(pope_[a-z]+\.(made\.json|jsonl)|run_all\.json)|remove )"
 
 
 def flags(pope_world: Path, golden: Path, folder: Path) -> list:
