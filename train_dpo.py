@@ -25,7 +25,7 @@ def main() -> None:
     from llava.status import Status
     from llava.train.arguments import DPOTrainingArguments, ModelArguments, PreferenceArguments
     from llava.train.build import check_resumed, collator, example_builder, plan_model
-    from llava.train.caches import feature_folder
+    from llava.train.caches import cache_times, feature_folder
     from llava.train.checkpoints import checkpoint_to_resume
     from llava.train.hidden_cache import hidden_cache
     from llava.train.parsing import as_dict, parse
@@ -97,6 +97,7 @@ def main() -> None:
         cache=cache,
         aux_weight=train_args.aux_weight,
     )
+    card.content["caches"] = cache_times(trainer)
     trainer.go(card, status, checkpoint)
 
 

@@ -26,7 +26,7 @@ def main() -> None:
     from llava.status import Status
     from llava.train.arguments import CaptionArguments, ModelArguments, PretrainTrainingArguments
     from llava.train.build import check_resumed, collator, example_builder, plan_model
-    from llava.train.caches import feature_folder
+    from llava.train.caches import cache_times, feature_folder
     from llava.train.checkpoints import checkpoint_to_resume
     from llava.train.hidden_cache import hidden_cache
     from llava.train.parsing import as_dict, parse
@@ -82,6 +82,7 @@ def main() -> None:
         hidden,
         start,
     )
+    card.content["caches"] = cache_times(trainer)
     trainer.go(card, status, checkpoint)
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from demo import language
-from demo.pope_questions import sample
 from demo.things import THINGS
 from demo.world import SIZE, Item, Scene, imagine, paint
 from llava.data.preferences import DESCRIPTION_PROMPTS
 from llava.eval.pope import parse_answer
+from llava.eval.pope_questions import sample
 from llava.files import atomic_write, read_json, read_jsonl, write_json
 
 TRAINING, TEST = 2400, 200  # pictures

@@ -32,6 +32,8 @@ PACKAGES = (
     "pillow",
 )
 AFRESH = ("False", "false")  # values of --resume_from_checkpoint
+# Variables of a process that decide on which card and with how many threads it computes.
+ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "OMP_NUM_THREADS", "DS_ACCELERATOR")
 LONGEST_DIFF = 100_000  # characters; a longer one is cut, and says so
 
 
@@ -57,6 +59,8 @@ class RunCard:
             "versions": versions(),
             "data": {str(path): {"sha256": sha256(path), "bytes": Path(path).stat().st_size} for path in data if path},
             "hardware": hardware(),
+            "launch": launch(),
+            "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
             "seed": seed,
             "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "run": uuid.uuid4().hex,
@@ -134,6 +138,18 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def launch() -> dict[str, Any]:
+    """What started this process, and how many like it on how many nodes."""
+    env = os.environ
+    processes = int(env.get("WORLD_SIZE", "1"))
+    launcher, here = "python", processes
+    if "TORCHELASTIC_RUN_ID" in env:
+        launcher, here = "torchrun", int(env["LOCAL_WORLD_SIZE"])
+    elif "CROSS_SIZE" in env and "LOCAL_SIZE" in env:  # its own names; LOCAL_WORLD_SIZE is not its
+        launcher, here = "deepspeed", int(env["LOCAL_SIZE"])
+    return {"launcher": launcher, "processes": processes, "nodes": processes // here, "processes_per_node": here}
 
 
 def hardware() -> dict[str, Any]:

@@ -47,6 +47,8 @@ def parse_args(description: str, argv: list[str]) -> tuple[argparse.Namespace, l
     parser.set_defaults(launcher=None)  # so that what was given is told from what was not
     run.add_argument("--name", help="of the job and its log (default: the script's)")
     run.add_argument("--logs", type=Path, metavar="DIR", default=LOGS, help="seen by all nodes (default: slurm/logs)")
+    run.add_argument("--sweep", type=Path, metavar="FILE", help="all trainings of FILE, POPE of each, one table")
+    run.add_argument("--select-on", choices=["dev"], help="with --sweep: test questions only for the best on dev")
     run.add_argument("--dry-run", action="store_true", help="print what would be submitted or started")
 
     job = parser.add_argument_group("in the queue")
@@ -65,7 +67,12 @@ def parse_args(description: str, argv: list[str]) -> tuple[argparse.Namespace, l
     add("--max-requeues", type=_natural, metavar="N", help="how often a job that was stopped or killed goes back in")
     add("--sbatch", action="append", metavar="KEY=VALUE", default=[], help="another option of sbatch; may be repeated")
     add("--array", type=Path, metavar="FILE", help="a run for every line of FILE, which holds further arguments")
-    add("--parallel", type=_positive, metavar="N", help="with --array: how many run at a time (default: all)")
+    add(
+        "--parallel",
+        type=_positive,
+        metavar="N",
+        help="how many of --array or --sweep run at a time (default: all; --local: one, or what the cards hold)",
+    )
     add("--watch", action="store_true", help="follow state and log; end with the job's exit code")
 
     here = parser.add_argument_group("without a queue")
@@ -93,16 +100,22 @@ def _check(given: dict[str, Any], command: bool, queue_only: set[str]) -> None:
         if command:
             raise UserError("--status starts nothing; leave out what stands behind --")
         return
-    if not command:
+    if "sweep" in given:
+        _refuse(given.keys() & {"array"}, "and --sweep both say which runs; keep one of them")
+        if command:
+            raise UserError("--sweep FILE holds the scripts; leave out what stands behind --")
+    elif not command:
         raise UserError("no script; expected: [options] -- SCRIPT ARGS")
+    elif "select_on" in given:
+        raise UserError("--select-on needs --sweep FILE")
     if "local" in given:
-        _refuse(given.keys() & queue_only, "has no meaning with --local")
+        _refuse(given.keys() & (queue_only - {"parallel"}), "has no meaning with --local")
     else:
         _refuse(given.keys() & {"wait_gpus", "min_free"}, "is for --local; in the queue --gpus asks for cards")
     if "min_free" in given and "wait_gpus" not in given:
         raise UserError("--min-free needs --wait-gpus N, the number of cards")
-    if "parallel" in given and "array" not in given:
-        raise UserError("--parallel needs --array FILE")
+    if "parallel" in given and not given.keys() & {"array", "sweep"}:
+        raise UserError("--parallel needs --array FILE or --sweep FILE")
     if "name" in given and not re.fullmatch(r"[\w.-]+", given["name"]):
         raise UserError(f"--name {given['name']}: it is a file's name too; expected letters, digits, dots and dashes")
     _check_cards(given)

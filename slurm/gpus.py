@@ -9,13 +9,15 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from llava.errors import UserError, note
+from llava.interruption import Stopped
 
 LOCK_FOLDER = Path("/tmp")
+POLL_SECONDS = 0.2
 NEARLY_ALL = 0.9  # of a card's memory: what a card that nobody uses has free
 
 
@@ -54,25 +56,50 @@ def cards() -> list[Card]:
     return sorted(found)
 
 
+def runs_at_a_time(count: int, at_least: int | None) -> int:
+    """How many runs of ``count`` cards each this machine has cards for, were they all free."""
+    return sum(card.total >= (at_least or 0) for card in able_cards(count, at_least)) // count
+
+
+def able_cards(count: int, at_least: int | None) -> list[Card]:
+    """All cards, of which ``count`` have that much memory in all.
+
+    Raises:
+        UserError: fewer have.
+    """
+    here = cards()
+    able = sum(card.total >= (at_least or 0) for card in here)
+    if able < count:
+        size = f" of {at_least} MiB or more" if at_least else ""
+        raise UserError(f"--wait-gpus {count}: this machine has {able} card(s){size}; ask for no more than that")
+    return here
+
+
 @contextlib.contextmanager
-def taken(count: int, at_least: int | None, interval: float = 10.0) -> Iterator[tuple[list[int], list[int]]]:
+def taken(
+    count: int, at_least: int | None, interval: float = 10.0, stop: Callable[[], bool] = lambda: False
+) -> Iterator[tuple[list[int], list[int]]]:
     """Wait until ``count`` cards have ``at_least`` MiB free (None: nearly all); inside, no other waiter gets them.
 
     Gives the cards' indices, and the open lock files: handed to the run's process, they hold the cards as long as it
     lives, even where this process is killed. It asks nvidia-smi every ``interval`` seconds.
+
+    Raises:
+        UserError: there are no such cards here.
+        Stopped: ``stop`` has become true while it waited.
     """
     wanted = "nearly all of their memory" if at_least is None else f"{at_least} MiB"
-    here = cards()
-    able = [card for card in here if card.total >= (at_least or 0)]
-    if len(able) < count:
-        size = f" of {at_least} MiB or more" if at_least else ""
-        raise UserError(f"--wait-gpus {count}: this machine has {len(able)} card(s){size}; ask for no more than that")
+    here = able_cards(count, at_least)
     told = False
     while not (locks := _lock([card for card in here if card.free >= (at_least or NEARLY_ALL * card.total)], count)):
         if not told:
             note(f"waiting for {count} of {len(here)} cards that have {wanted} free and that no other run waits with")
             told = True
-        time.sleep(interval)
+        again = time.monotonic() + interval
+        while time.monotonic() < again:
+            if stop():
+                raise Stopped("stopped while it waited for cards; nothing was begun")
+            time.sleep(min(interval, POLL_SECONDS))
         here = cards()
     try:
         note(f"taking card(s) {', '.join(map(str, sorted(locks)))}")

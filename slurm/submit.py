@@ -3,10 +3,12 @@
 
     python slurm/submit.py --nodes 2 --gpus 4 --hours 8 --watch -- train_dpo.py --output_dir checkpoints/ha-dpo ...
     python slurm/submit.py --local --wait-gpus 4 --min-free 22G -- train_dpo.py ...
+    python slurm/submit.py --sweep sweep.yaml --gpus 1 --hours 8 --parallel 4 --watch
     python slurm/submit.py --status
 
-Behind -- stands the script with its arguments. A job that is preempted, or whose time is up, saves, goes back into the
-queue and on from there. What no flag says (partition, account, ...) is as slurm/env.sh has it.
+Behind -- stands the script with its arguments; a sweep's file holds them. A job that is preempted, or whose time is
+up, saves, goes back into the queue and on from there. What no flag says (partition, account, ...) is as slurm/env.sh
+has it.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import SlurmExecutor, SlurmJob, _make_sbatch_string
 
 from llava.errors import UserError, command_line
-from slurm import flags, foreground, runs, table, watch
+from slurm import flags, foreground, runs, sweep, table, watch
 from slurm.launch import LAUNCHERS, ROOT
+from slurm.sweep import log_file
 
 SETTINGS = ROOT / "slurm" / "env.sh"
 # Options of sbatch by the names of their variables, which win over a script's lines; of a group one alone may be given.
@@ -46,22 +49,25 @@ GROUPS = [
 ]
 
 
+Call = tuple[str, str, dict[str, Any]]  # module, function, arguments
+
+
 class Job:
     """What the batch step calls. It is pickled by value: a node's Python finds submitit, but not this file."""
 
-    def __init__(self, command: list[str], settings: dict[str, Any]) -> None:
+    def __init__(self, module: str, function: str, arguments: dict[str, Any]) -> None:
         self.root = str(ROOT)
-        self.command = command
-        self.settings = settings
+        self.module = module
+        self.function = function
+        self.arguments = arguments
 
     def __call__(self) -> None:
         """Run the job; end the process with the job's exit code, of which submitit would make 1."""
+        import importlib
         import sys
 
         sys.path.insert(0, self.root)
-        from slurm.job import run_job
-
-        code = run_job(self.command, **self.settings)
+        code = getattr(importlib.import_module(self.module), self.function)(**self.arguments)
         if code:
             sys.exit(code)
 
@@ -90,8 +96,11 @@ def settings() -> dict[str, str]:
     return found
 
 
-def executor(args: argparse.Namespace, name: str, tasks: int) -> Executor:
-    """submitit's executor with the flags as its parameters; removes variables that would override them."""
+def executor(args: argparse.Namespace, name: str, tasks: int, **options: str) -> Executor:
+    """submitit's executor with the flags as its parameters; removes variables that would override them.
+
+    ``options`` are further ones of sbatch.
+    """
     folder = args.logs / "jobs" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     # The batch process is Python itself, so that it gets the signal of --signal=B; until it can answer, none harms it.
     made = Executor(folder, python=f"exec {shlex.quote(sys.executable)}")
@@ -118,6 +127,7 @@ def executor(args: argparse.Namespace, name: str, tasks: int) -> Executor:
             "signal": f"B:USR2@{args.signal_before}",
             "requeue" if args.max_requeues else "no-requeue": True,
             **dict(map(flags.sbatch_option, args.sbatch)),
+            **options,
         },
     )
     options = set(re.findall(r"^#SBATCH --([\w-]+)", made.script(tasks), flags=re.MULTILINE))
@@ -126,25 +136,43 @@ def executor(args: argparse.Namespace, name: str, tasks: int) -> Executor:
     return made
 
 
-def log_file(folder: Path, name: str, job: str) -> Path:
-    """Where a job's output goes."""
-    return folder / f"{name}-{job}.log"
+def put(
+    args: argparse.Namespace, name: str, tasks: list[tuple[Call, list[str]]], **options: str
+) -> list[tuple[str, Path]]:
+    """Submit a job, or of several calls an array of jobs: their numbers and logs. The words are for ``--status``.
+
+    ``options`` are further ones of sbatch. ``--dry-run`` only prints, and then the numbers are names.
+    """
+    queue = executor(args, name, len(tasks), **options)
+    if args.dry_run:
+        print(queue.script(len(tasks)))
+        for key in sorted(key for key in os.environ if key.startswith("SBATCH_")):
+            print(f"# set: {key}={os.environ[key]}")
+        for _, words in tasks:
+            print(f"# runs: {shlex.join(words)}")
+        return [(f"{name.upper()}_{task}", queue.folder) for task in range(len(tasks))]
+    if not shutil.which("sbatch") or not shutil.which("srun"):
+        raise UserError("there is no Slurm on this machine (sbatch, srun); --local runs here, --dry-run only prints")
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what the error says too
+            jobs: list[SlurmJob[None]] = queue.submit_array([Job(*call) for call, _ in tasks])
+    except FailedJobError as error:
+        shutil.rmtree(queue.folder)
+        said = str(error).replace("sbatch: error: ", "").strip().splitlines()
+        raise UserError(f"sbatch refuses the job: {'; '.join(said)}") from None
+    except OSError as error:
+        raise UserError(f"--logs {args.logs}: cannot be written: {error.strerror}") from None
+    logs = [(job.job_id, log_file(args.logs, name, job.job_id)) for job in jobs]
+    table.remember(args.logs, [(*job, words) for job, (_, words) in zip(logs, tasks, strict=True)])
+    number = jobs[0].job_id.split("_")[0]
+    print(f"submitted job {number}; log: {log_file(args.logs, name, number + '_*' if len(tasks) > 1 else number)}")
+    return logs
 
 
-def enqueue(args: argparse.Namespace, command: list[str], name: str) -> int:
+def enqueue(args: argparse.Namespace, command: list[str]) -> int:
     """Submit the command, or the array; with ``--watch`` follow it. Gives an exit code."""
     todo = runs.commands(command, args.array)
     flags.fill(args, settings())
-    queue = executor(args, name, len(todo))
-    if args.dry_run:
-        print(queue.script(len(todo)))
-        for key in sorted(key for key in os.environ if key.startswith("SBATCH_")):
-            print(f"# set: {key}={os.environ[key]}")
-        for run in todo:
-            print(f"# runs: {shlex.join(run)}")
-        return 0
-    if not shutil.which("sbatch") or not shutil.which("srun"):
-        raise UserError("there is no Slurm on this machine (sbatch, srun); --local runs here, --dry-run only prints")
     how = {
         "launcher": args.launcher,
         "processes": args.processes,
@@ -152,21 +180,12 @@ def enqueue(args: argparse.Namespace, command: list[str], name: str) -> int:
         "max_requeues": args.max_requeues,
         "logs": args.logs,
     }
+    logs = put(args, args.name, [(("slurm.job", "run_job", {"command": run, **how}), run) for run in todo])
+    if args.dry_run or not args.watch:
+        return 0
+    number = logs[0][0].split("_")[0]
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what the error says too
-            jobs: list[SlurmJob[None]] = queue.submit_array([Job(run, how) for run in todo])
-    except FailedJobError as error:
-        shutil.rmtree(queue.folder)
-        said = str(error).replace("sbatch: error: ", "").strip().splitlines()
-        raise UserError(f"sbatch refuses the job: {'; '.join(said)}") from None
-    except OSError as error:
-        raise UserError(f"--logs {args.logs}: cannot be written: {error.strerror}") from None
-    logs = {job.job_id: log_file(args.logs, name, job.job_id) for job in jobs}
-    table.remember(args.logs, [(job, log, run) for (job, log), run in zip(logs.items(), todo, strict=True)])
-    number = jobs[0].job_id.split("_")[0]
-    print(f"submitted job {number}; log: {log_file(args.logs, name, number + '_*' if len(todo) > 1 else number)}")
-    try:
-        return watch.follow(number, logs) if args.watch else 0
+        return watch.follow(number, dict(logs))
     except KeyboardInterrupt:
         print(f"\nnote: job {number} goes on; scancel {number} ends it", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -179,11 +198,17 @@ def main() -> int:
     if args.status is not None:
         table.show(args.status, args.logs)
         return 0
-    name = args.name or Path(command[0]).stem.removeprefix("train_")
+    args.name = args.name or re.sub(r"[^\w.-]", "-", Path(args.sweep or command[0]).stem.removeprefix("train_"))
+    if args.sweep:
+        if args.local:
+            args.launcher = args.launcher or LAUNCHERS[0]
+        else:
+            flags.fill(args, settings())
+        return sweep.start(args, put)
     if not args.local:
-        return enqueue(args, command, name)
+        return enqueue(args, command)
     args.launcher = args.launcher or LAUNCHERS[0]
-    log = log_file(args.logs, name, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    log = log_file(args.logs, args.name, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     if args.wait_gpus:
         runs.commands(command, None)  # a mistake in them would show after the waiting only
     return foreground.run(args, command, log)

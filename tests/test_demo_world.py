@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from demo import data, language
-from demo.pope_questions import sample
 from demo.things import PLACES, THINGS
 from demo.world import LEAST_VISIBLE, SIZE, Item, Scene, imagine, paint
 from llava.data.preferences import VisualGenome, read_desc_pairs, read_pope_pairs
 from llava.eval.pope import SETS, read_labels, read_questions_of
+from llava.eval.pope_questions import question
 from llava.files import read_json
 
 KITCHEN = Scene("kitchen", [Item("table"), Item("apple"), Item("person"), Item("person"), Item("cup")])
@@ -93,41 +93,10 @@ def test_what_is_said():
         "The image shows a table and an apple in a kitchen. There are also two people and a cup."
     )
     assert language.question("umbrella") == "Is there an umbrella in the image?"
+    assert [language.question(kind) for kind in THINGS] == [question(kind) for kind in THINGS]
     assert language.answer("bus", False) == "No, there is no bus."
     assert data.mentioned("There are two benches, a traffic light and people.") == ["person", "traffic light", "bench"]
     assert data.mentioned(language.description(KITCHEN)) == ["person", "table", "cup", "apple"]
-
-
-def test_pope_sampling_by_hand():
-    """Few enough pictures to count along: who is frequent, and who is seen with whom."""
-    objects = {
-        "1": ["a", "b", "c"],
-        "2": ["a", "b", "c", "d"],
-        "3": ["a", "c", "d"],
-        "4": ["a", "b"],  # two kinds: not asked about, not counted
-        "5": ["b", "e", "f", "g"],
-    }
-    sets = sample(objects, pictures=10, seed=0)
-    assert set(sets) == set(SETS)
-
-    def asked(name: str, image: str) -> list[tuple[str, str]]:
-        rows = [row for row in sets[name] if row["image"] == image]
-        return [(row["text"].removeprefix("Is there a").lstrip("n ")[0], row["label"]) for row in rows]
-
-    for name in SETS:
-        assert [row["question_id"] for row in sets[name]] == list(range(1, 25))
-        assert {row["image"] for row in sets[name]} == {"1", "2", "3", "5"}
-        for image in "1235":
-            rows = asked(name, image)
-            assert [kind for kind, label in rows if label == "yes"] == objects[image][:3]
-            absent = [kind for kind, label in rows if label == "no"]
-            assert [label for _, label in rows] == ["yes", "no"] * 3
-            assert len(set(absent)) == 3 and not set(absent) & set(objects[image])
-    # Counted over the drawn pictures: a 3, b 3, c 3, d 2, e, f, g 1.
-    assert [kind for kind, label in asked("popular", "5") if label == "no"] == ["a", "c", "d"]
-    # With b: a 2, c 2, d, e, f, g 1; with e and f only what is there already.
-    assert [kind for kind, label in asked("adversarial", "5") if label == "no"] == ["a", "c", "d"]
-    assert [kind for kind, label in asked("adversarial", "3") if label == "no"] == ["b", "e", "f"]
 
 
 @pytest.fixture(scope="module")

@@ -326,6 +326,61 @@ def test_an_array_is_a_job_for_every_line(cluster, dpo, tmp_path):
     assert len({losses_of(tmp_path / rate)[1] for rate in rates}) == 3
 
 
+def test_a_sweep_is_an_array_and_a_job_that_reports(cluster, dpo, golden, questions, tmp_path):
+    """One run is stopped and queued again while it trains, another cannot train; only that one is tried again."""
+    out, logs = tmp_path / "out", tmp_path / "logs"
+
+    def write(rate: str) -> None:
+        words = [str(word) for word in dpo(Path("unused"), 4)]
+        for flag in ("--output_dir", "--learning_rate"):  # the sweep's
+            at = words.index(flag)
+            del words[at : at + 2]
+        content = {
+            "output_dir": str(out),
+            "train": words,
+            "grid": {"learning_rate": ["1e-4", rate]},
+            "pope": f"--coco_path {questions['COCO_PATH']} --pope_path {questions['POPE_PATH']} --max_new_tokens 1",
+            "baseline": str(golden / "tiny-llava-original"),
+        }
+        (tmp_path / "sweep.yaml").write_text(json.dumps(content))  # which is YAML too
+
+    def submit_sweep(*more: object) -> subprocess.CompletedProcess[str]:
+        command = ["slurm/submit.py", "--sweep", tmp_path / "sweep.yaml", "--gpus", 1, "--logs", logs, *more]
+        return cluster.run(sys.executable, *command, timeout=500)
+
+    write("nonsense")
+    done = submit_sweep()
+    assert done.returncode == 0, done.stdout + done.stderr
+    array, last = re.findall(r"submitted job (\d+)", done.stdout)
+    assert "Dependency=afterany:" + array in cluster.run("scontrol", "show", "job", last).stdout
+    refused = submit_sweep()
+    assert refused.returncode == 2 and f"job {array} of this sweep still waits or runs" in refused.stderr
+    reach(logs / f"sweep-{array}_1.log", 3)
+    cluster.run("scancel", "--signal=USR2", "--batch", f"{array}_1")
+    ended = cluster.wait(last)
+    said = text_of(logs / f"sweep-report-{last}.log")
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "1:0"), said
+    assert cluster.job(f"{array}_1")["Restarts"] == "1"
+    states = [cluster.job(f"{array}_{task}")["JobState"] for task in range(3)]
+    assert states == ["COMPLETED", "COMPLETED", "FAILED"]
+    assert re.search(r"- learning_rate=nonsense: training: .*nonsense", (out / "failed.md").read_text())
+    assert "1 of 3 runs failed" in said
+    card = json.loads((out / "learning_rate=1e-4" / "run.json").read_text())
+    assert (card["status"], len(card["earlier"])) == ("finished", 1)
+
+    write("2e-4")
+    done = submit_sweep("--watch")
+    assert done.returncode == 0, done.stdout + done.stderr
+    again = re.findall(r"submitted job (\d+)", done.stdout)[0]
+    assert re.findall(r"job (\d+(?:_\d+)?): COMPLETED", done.stdout)[0] == again  # no array: one run was left
+    assert json.loads((out / "learning_rate=1e-4" / "run.json").read_text()) == card
+    assert not (out / "failed.md").exists()
+    table = (out / "report" / "table.md").read_text()
+    assert "0.0001" in table and "0.0002" in table
+    status = cluster.run(sys.executable, "slurm/submit.py", "--logs", logs, "--status").stdout
+    assert status.count("finished") >= 5
+
+
 def test_bad_input_fails_the_job_once(cluster, golden, tmp_path):
     log = tmp_path / "job.log"
     job = cluster.submit(

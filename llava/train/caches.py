@@ -11,9 +11,10 @@ import functools
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -34,11 +35,23 @@ from llava.train.reference_cache import ReferenceCache, record_keys
 PICTURES_AT_A_TIME = 8
 
 
-class FillCaches(TrainerCallback):
-    """Fills at the beginning of the training, when the model is wrapped and where it belongs."""
+class Filled(NamedTuple):
+    """What filling a cache came to: records (of features: pictures) that all ranks computed, and that were there."""
 
-    def __init__(self, *fillers: Any) -> None:
+    cache: str  # "reference" | "hidden" | "features"
+    computed: int
+    found: int
+
+
+class FillCaches(TrainerCallback):
+    """Fills at the beginning of the training, when the model is wrapped and where it belongs.
+
+    What came of it, and its seconds, stand in ``took`` by the cache's name.
+    """
+
+    def __init__(self, *fillers: Callable[[], Filled]) -> None:
         self.fillers = fillers
+        self.took: dict[str, dict[str, float]] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # The data's order and dropout draw from these generators; a filled cache must not change what they give.
@@ -47,16 +60,29 @@ class FillCaches(TrainerCallback):
             # Each once: one that stayed would hold the trainer in a circle, and its data workers beyond their time.
             fillers, self.fillers = self.fillers, ()
             for fill in fillers:
-                fill()
+                began = time.monotonic()
+                name, computed, found = fill()
+                seconds = round(time.monotonic() - began, 3)
+                self.took[name] = {"computed": computed, "found": found, "seconds": seconds}
 
 
-def fill_reference(trainer: Any, cache: ReferenceCache, reference: Reference) -> None:
+def cache_times(trainer: Any) -> dict[str, dict[str, float]]:
+    """``{"hidden": {"computed": 24, "found": 0, "seconds": 4.1}, ...}``: empty, until the training has filled them."""
+    took: dict[str, dict[str, float]] = {}
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, FillCaches):
+            callback.took = took
+    return took
+
+
+def fill_reference(trainer: Any, cache: ReferenceCache, reference: Reference) -> Filled:
     """Compute what ``cache`` does not hold yet and hand every data set its pairs' values.
 
     Raises:
         UserError: the policy has been trained already, and the reference was the policy at its start.
     """
     cache.values = rank_0s(cache.values)  # another run may have added lines while the ranks were reading
+    computed = found = 0
     for dataset in [d for d in (trainer.train_dataset, trainer.eval_dataset) if d is not None]:
         keys = record_keys(dataset.outline(index) for index in range(len(dataset)))
         missing = {key: index for index, key in enumerate(keys) if key not in cache.values}
@@ -69,11 +95,13 @@ def fill_reference(trainer: Any, cache: ReferenceCache, reference: Reference) ->
                 f"{cache.path}: {len(missing)} of {len(keys)} pairs are missing, and the policy that would give them "
                 "has been trained since; pass the file the run was started with, or --resume_from_checkpoint False"
             )
+        computed, found = computed + len(missing), found + len(set(keys)) - len(missing)
         if missing:
             _compute_logps(trainer, cache, reference, dataset, keys, list(missing.values()))
         unknown = (float("nan"), float("nan"))  # of a picture that cannot be opened: no batch will ask for it
         values = torch.tensor([cache.values.get(key, unknown) for key in keys])
         dataset.remember_reference(values.share_memory_())
+    return Filled("reference", computed, found)
 
 
 def _compute_logps(
@@ -183,7 +211,7 @@ def fill_features(
     see: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor] = see_with_tower,
     blank: torch.Tensor | None = None,
     hashes: dict[str, str] | None = None,
-) -> None:
+) -> Filled:
     """See every picture once and let the data sets load what was seen instead of the picture.
 
     ``see(model, pictures, levels)`` gives the features; ``blank`` as ``ImageLoader.use_features`` takes it; ``hashes``
@@ -211,6 +239,7 @@ def fill_features(
             interruption.stop_if_requested("what was computed is kept")
         accelerator.wait_for_everyone()
     loader.use_features(rank_0s({path: str(file) for path, file in files.items() if file.exists()}), flag, blank)
+    return Filled("features", len(missing), len(files) - len(missing))
 
 
 def rank_0s(value: Any) -> Any:

@@ -33,7 +33,15 @@ from llava.files import read_object, sha256, whole_lines, write_json
 from llava.interruption import Stopped
 from llava.model.builder import model_settings
 from llava.model.checkpoint import content_hash
-from llava.train.caches import datasets_of, distinct_pictures, each_batch, feature_files, fill_features, rank_0s
+from llava.train.caches import (
+    Filled,
+    datasets_of,
+    distinct_pictures,
+    each_batch,
+    feature_files,
+    fill_features,
+    rank_0s,
+)
 from llava.train.reference_cache import record_keys, reference_key
 
 AT_A_TIME = 64 << 20  # bytes that wait to be written to the disk together; a killed run loses no more
@@ -250,7 +258,7 @@ class KeptStates:
         )
 
 
-def fill_hidden(trainer: Any, cache: HiddenCache) -> None:
+def fill_hidden(trainer: Any, cache: HiddenCache) -> Filled:
     """Compute what ``cache`` does not hold yet and let the data sets give it instead of pictures."""
     accelerator = trainer.accelerator
     model = accelerator.unwrap_model(trainer.model)
@@ -285,6 +293,8 @@ def fill_hidden(trainer: Any, cache: HiddenCache) -> None:
         kept = KeptStates(folder, files, table, cache.width, cache.dtype)
         dataset.use_hidden(kept, pictures=kind.looks_at is not None)
     trainer.data_collator.hidden_as = kind.argument
+    computed = sum(map(len, missing))
+    return Filled("hidden", computed, len(set().union(*keys)) - computed)
 
 
 def _shared(items: Sequence[Any], work: Callable[[Any], Any], title: str, accelerator: Any) -> list[Any]:
