@@ -18,6 +18,7 @@ import yaml
 
 from llava.errors import UserError, note
 from llava.eval.pope import read_questions_of
+from llava.eval.pope_questions import same_picture
 from llava.files import existing
 from slurm import runs
 from slurm.launch import ROOT, find_script
@@ -308,7 +309,11 @@ def _check_questions(file: Path, key: str, words: list[str]) -> None:
 def _refuse_shared_pictures(file: Path, pope: list[str], dev: list[str]) -> None:
     """A configuration chosen on pictures of the test would be chosen on the test."""
     test, development = (
-        {image: f for f in _question_files(file, key, words) for image, _ in read_questions_of(f).values()}
+        {
+            same_picture(image): f
+            for f in _question_files(file, key, words)
+            for image, _ in read_questions_of(f).values()
+        }
         for key, words in (("pope", pope), ("dev", dev))
     )
     if shared := sorted(test.keys() & development.keys()):

@@ -214,7 +214,7 @@ def rows_of_sets(recalls, mean=()):
 
 
 def test_a_figure_is_named_once(findings):
-    # The recall of 89.66 follows from nothing in its row; its set's recall and the mean below are not named for it again.
+    # The recall of 89.66 contradicts its row; the other set's recall and the mean below it are not named as well.
     (found,) = findings("""\
 | Model | Set | Accuracy | Precision | Recall | Yes |
 |---|---|---|---|---|---|

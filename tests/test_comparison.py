@@ -245,7 +245,9 @@ def test_a_group_without_one_of_the_sets_has_no_mean(base):
     part = group(run("part", {"random": answers("random", "ynynynyn")}, seed=0))
     compared = compare([base, part], base, times=50)
     assert [row.set_name for row in compared.rows if row.group is part] == ["random"]
-    assert any("part/pope) has no answers of: popular; so it has no mean." in line for line in compared.notes)
+    assert any(
+        "part/pope) has no answers of: popular; so it has no mean and no verdict." in line for line in compared.notes
+    )
     seeds = group(*base.runs, run("part", {"random": answers("random", "ynynynyn")}))
     with pytest.raises(UserError, match=r"part/pope and /runs/base/pope are seeds .* set popular"):
         compare([seeds], None)

@@ -835,7 +835,8 @@ def _latex_table(rows: Iterator[tuple[int, list[str]]], about: str) -> _Table:
                 multirows[column] = (height - 1, cell)
             if height < -1:
                 for _, earlier in table.rows[height + 1 :]:
-                    earlier[column] = earlier[column] or cell
+                    if column < len(earlier):
+                        earlier[column] = earlier[column] or cell
             cells += [cell] + [""] * (span - 1)
         table.width = table.width or len(cells)
         if len(cells) == table.width:

@@ -20,6 +20,7 @@ import numpy as np
 from llava.errors import UserError
 from llava.eval.evaluated import ASKED, DEV, POPE, Group, Run, SetAnswers, differing
 from llava.eval.pope import SETS, Confusion
+from llava.eval.pope_questions import same_picture
 from llava.eval.statistics import (
     METRICS,
     Bootstrap,
@@ -80,8 +81,8 @@ class AtRatio:
     ``auroc`` has the difference to the baseline. ``accuracy`` is that of the group's scores with a threshold at which
     it says yes as often as the baseline, and its ``difference`` is to the baseline's own accuracy. ``control`` is the
     baseline's accuracy at the group's yes ratio, with ``difference`` group - control. ``verdict`` stands in one row a
-    group (the mean, or its only set): "better" or "worse" where the interval of that difference leaves out zero, else
-    "same"; None in the other rows.
+    group (the mean, or its only set): "better" or "worse" where the interval of that difference leaves out zero and its
+    p, corrected by Holm, is below 0.05, else "same"; None in the other rows.
     """
 
     group: Group
@@ -460,7 +461,7 @@ def _at_ratios(
             auroc=cells[AUROC],
             accuracy=cells["accuracy"],
             control=control.cells["accuracy"],
-            verdict=_verdict(row.control.difference) if row.set_name == MEAN or len(sets) == 1 else None,
+            verdict=_verdict(control.cells["accuracy"]) if row.set_name == MEAN or len(sets) == 1 else None,
         )
         for row, cells, control in zip(found, held, controls, strict=True)
     ]
@@ -487,10 +488,10 @@ def _over(figures: _Figures, count: int) -> _Figures:
     return figures._replace(values={m: v.reshape(-1, count).mean(axis=1) for m, v in figures.values.items()})
 
 
-def _verdict(difference: Interval) -> str:
-    if difference.low > 0:
+def _verdict(control: Cell) -> str:
+    if control.p_holm < TOLD_APART and control.difference.low > 0:
         return "better"
-    return "worse" if difference.high < 0 else "same"
+    return "worse" if control.p_holm < TOLD_APART and control.difference.high < 0 else "same"
 
 
 def _columns(groups: Sequence[Group], begun_from: frozenset[Group]) -> list[str]:
@@ -507,10 +508,19 @@ def _setting(group: Group, column: str, begun_from: frozenset[Group]) -> Any:
 
 
 def _model_names(groups: Sequence[Group], settings: Sequence[dict[str, Any]]) -> list[str]:
-    """The root model's short name; the run's own where that and the other columns do not tell two groups apart."""
+    """The short name of the model that training began from (a run's own, where it did not begin from another one here).
+
+    Where that and the other columns do not tell two groups apart, it is the run's name.
+    """
     runs = [group.runs[0] for group in groups]
-    told_by = [json.dumps([run.model, run.hadpo, held]) for run, held in zip(runs, settings, strict=True)]
-    return [run.model if told_by.count(key) == 1 else run.name for run, key in zip(runs, told_by, strict=True)]
+    begun_from = {base for group in groups if (base := baseline_for(group, groups)) is not group}
+    bases = [baseline_for(group, groups) for group in groups]
+    names = [
+        base.runs[0].folder.name if base in begun_from and base.runs[0].training else base.runs[0].model
+        for base in bases
+    ]
+    told_by = [json.dumps([n, run.hadpo, held]) for n, run, held in zip(names, runs, settings, strict=True)]
+    return [n if told_by.count(key) == 1 else run.name for n, run, key in zip(names, runs, told_by, strict=True)]
 
 
 def _notes(comparison: Comparison, sets: Sequence[str]) -> list[str]:
@@ -562,7 +572,8 @@ def _gaps(comparison: Comparison, sets: Sequence[str]) -> list[str]:
         name = comparison.name_of(group)
         if missing := [s for s in sets if s not in group.runs[0].sets]:
             notes.append(
-                f"{name} ({group.runs[0].answers}) has no answers of: {', '.join(missing)}; so it has no mean."
+                f"{name} ({group.runs[0].answers}) has no answers of: {', '.join(missing)}; so it has no mean and "
+                "no verdict."
             )
         if base is not None and _protocol(base) != _protocol(group):
             (prompt, template), (base_prompt, base_template) = _protocol(group), _protocol(base)
@@ -609,13 +620,16 @@ def on_dev(group: Group) -> Group:
 def rank_on_dev(groups: Sequence[Group], metric: str = "accuracy") -> list[tuple[Group, float]]:
     """Trained groups with their mean of ``metric`` over development sets and seeds (a fraction), the best one first.
 
+    What others' training began from is not to be chosen.
+
     ``metric`` is one of ``IN_COMPETITION``. Groups that tie stay in the order given.
 
     Raises:
         UserError: no trained group; one of them, or one of its seeds, has no answers of a development set; the groups
             were asked different questions; development and test questions share pictures; "auroc" without scores.
     """
-    trained = [group for group in groups if group.runs[0].training is not None]
+    begun_from = {base for group in groups if (base := baseline_for(group, groups)) is not group}
+    trained = [group for group in groups if group.runs[0].training is not None and group not in begun_from]
     if not trained:
         raise UserError("--select-on dev: none of the runs was trained here, so there is nothing to choose from")
     for group in trained:
@@ -651,6 +665,8 @@ def _of_set(run: Run, name: str, metric: str) -> float:
         return getattr(answers.confusion(), metric)
     if answers.scores is None:
         raise UserError(f"--metric auroc: {run.folder} has no scores of the development set {name}; ask with --scores")
+    if answers.truth.all() or not answers.truth.any():
+        raise UserError(f"--metric auroc: {answers.labels_file} has labels of one kind only; choose another --metric")
     return auroc(answers.truth, answers.scores)
 
 
@@ -660,7 +676,7 @@ def _refuse_shared_pictures(groups: Sequence[Group]) -> None:
     for kind, held in pictures.items():
         for run in runs:
             for answers in getattr(run, kind).values():
-                held.update(dict.fromkeys(answers.images.tolist(), answers.labels_file))
+                held.update(dict.fromkeys(map(same_picture, answers.images.tolist()), answers.labels_file))
     if shared := sorted(pictures["sets"].keys() & pictures["dev"].keys()):
         dev, test = pictures["dev"][shared[0]], pictures["sets"][shared[0]]
         raise UserError(

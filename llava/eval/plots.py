@@ -267,10 +267,11 @@ def _panels(count: int, height: float, **options: Any) -> tuple[Figure, list[Axe
 
 def _styles(comparison: Comparison, groups: Sequence[tuple[Group, str]]) -> list[dict[str, Any]]:
     """Colour, line and marker of every group; baselines are black."""
-    bases, rank, styles = {id(base) for base in _bases(comparison)}, 0, []
+    bases, rank, base, styles = {id(base) for base in _bases(comparison)}, 0, 0, []
     for group, _ in groups:
         if id(group) in bases:
-            styles.append({"color": BASELINE, "linestyle": "-", "marker": "X"})
+            styles.append({"color": BASELINE, "linestyle": LINES[base % len(LINES)], "marker": "XP*"[base % 3]})
+            base += 1
         else:
             index = rank % len(PALETTE)
             styles.append({"color": PALETTE[index], "linestyle": LINES[index], "marker": MARKERS[index]})
@@ -369,11 +370,16 @@ def _precision_recall(comparison: Comparison) -> tuple[str, Figure] | None:
     groups = [(g, label) for g, label in groups if all(s.scores is not None for r in g.runs for s in r.sets.values())]
     if not groups:
         return None
-    sets = [name for name in _sets(comparison) if any(_answers(group, name) for group, _ in groups)]
-    figure, axes = _panels(len(sets), 2.5 + 0.17 * len(groups), sharex=True)
+    truths = {name: a.truth for group, _ in groups for name, a in group.runs[0].sets.items()}
+    sets = [name for name in _sets(comparison) if name in truths and truths[name].any() and not truths[name].all()]
+    if not sets:
+        return None
+    styles = _styles(comparison, groups)
+    columns = min(3, len(sets))
+    figure, axes = _panels(len(sets), 2.6 + 0.17 * len(groups) + 0.15 * -(-len(groups) // columns), sharex=True)
     for axis, name in zip(axes, sets, strict=True):
         lowest = 1.0
-        for (group, label), style in zip(groups, _styles(comparison, groups), strict=True):
+        for (group, _), style in zip(groups, styles, strict=True):
             line = {key: style[key] for key in ("color", "linestyle")}
             # A tuned model's curve may cover the baseline's, which then shows at its sides.
             width = 2.6 if style["color"] == BASELINE else 1.1
@@ -390,13 +396,16 @@ def _precision_recall(comparison: Comparison) -> tuple[str, Figure] | None:
             if not areas:
                 continue
             roc, average = np.mean(areas, axis=0)
-            axis.plot([], [], **style, markersize=4, label=f"{label}: {100 * roc:.1f} / {100 * average:.1f}")
+            axis.plot([], [], **style, markersize=4, label=f"{100 * roc:.1f} / {100 * average:.1f}")
         axis.set(title=name, xlim=(0, 1.02), ylim=(max(0.0, lowest - 0.03), 1.01), xlabel="recall")
         axis.grid()
         axis.legend(
             loc="upper center", bbox_to_anchor=(0.5, -0.2), handlelength=2.6, title="AUROC / AP (%)", title_fontsize=7
         )
     axes[0].set_ylabel("precision")
+    # Names stand once: below the panels there is room for numbers alone.
+    names = [axes[0].plot([], [], **style, markersize=4)[0] for style in styles]
+    figure.legend(names, [label for _, label in groups], loc="outside lower center", ncols=columns, handlelength=2.6)
     seeds = " One curve a seed, areas are means." if any(len(group.runs) > 1 for group, _ in groups) else ""
     left = len(best) - CLOSELY
     return (

@@ -100,7 +100,8 @@ def _check(args: argparse.Namespace) -> None:
 
     findings = check(existing(args.check, "--check"), args.questions)
     print(*findings, sep="\n", end="\n" if findings else "")
-    note(f"{args.check}: {f'{len(findings)} findings' if findings else 'nothing that cannot be'}")
+    count = "1 finding" if len(findings) == 1 else f"{len(findings)} findings"
+    note(f"{args.check}: {count if findings else 'nothing that cannot be'}")
     if findings:
         sys.exit(FOUND)
 
@@ -136,6 +137,8 @@ def _report(args: argparse.Namespace) -> None:
                 raise UserError(f"{run.folder} has no answers to the test questions; ask it with pope_eval.py first")
     else:
         groups = _with_test_answers(groups)
+        if baseline is not None and baseline not in groups:
+            raise UserError(f"--baseline {args.baseline}: has no answers to the test questions; ask with pope_eval.py")
     comparison = compare(groups, baseline, args.bootstrap, args.seed)
     if selection:
         comparison.notes[:0] = selection.lines

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llava.eval.comparison import AUROC, AtRatio, Cell, Comparison, ObjectRow, Row
+from llava.eval.comparison import AUROC, TOLD_APART, AtRatio, Cell, Comparison, ObjectRow, Row
 from llava.eval.evaluated import Group
 from llava.eval.pope import Confusion, table_header
 from llava.eval.statistics import METRICS, Interval
@@ -32,7 +32,8 @@ _RATIO_NOTES = (
     "the baseline.",
     "Baseline, threshold moved: accuracy of the baseline's scores with the threshold at which it says yes as often as "
     "the model. Δ control is the model's accuracy less that one; thresholds are those of the full sample, and its p is "
-    "corrected as above, over this table's rows. What is said of a model above goes by the interval, which is not.",
+    "corrected as above, over this table's rows. A model is called better or worse where the interval leaves out 0 and p "
+    f"is below {TOLD_APART}.",
 )
 
 _LATEX = {
