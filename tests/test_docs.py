@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -22,11 +23,13 @@ import evaluate_pope  # noqa: E402
 import pope_eval  # noqa: E402
 from llava.data.preferences import read_desc_pairs, read_own_pairs, read_pope_pairs  # noqa: E402
 from llava.data.supervision import fill_template  # noqa: E402
+from llava.eval import diagnose, pope_questions, report  # noqa: E402
 from llava.eval.pope import Confusion, table_header  # noqa: E402
 from llava.model import export  # noqa: E402
 from llava.train import arguments, parsing  # noqa: E402
 from llava.train.trainable import choose_parts  # noqa: E402
 from slurm import flags as submit_flags  # noqa: E402
+from slurm import sweep_file  # noqa: E402
 
 ENGLISH, CHINESE = (ROOT / name for name in ("README.md", "README.zh-CN.md"))
 READMES = [ENGLISH, CHINESE]
@@ -36,7 +39,14 @@ TRAINING = {
     "train_pretrain.py": (MODEL, arguments.CaptionArguments, arguments.PretrainTrainingArguments),
     "train_dpo.py": (MODEL, arguments.PreferenceArguments, arguments.DPOTrainingArguments),
 }
-OTHERS = {"pope_eval.py": pope_eval, "evaluate_pope.py": evaluate_pope, "llava/model/export.py": export}
+OTHERS = {
+    "pope_eval.py": pope_eval,
+    "evaluate_pope.py": evaluate_pope,
+    "llava/model/export.py": export,
+    "llava/eval/diagnose.py": diagnose,
+    "llava/eval/pope_questions.py": pope_questions,
+    "llava/eval/report.py": report,
+}
 
 # What stands before a script, with the options that take one value each.
 LAUNCHERS = {
@@ -131,7 +141,7 @@ def test_command_parses(
         monkeypatch.chdir(tmp_path)
         if script == "slurm/submit.py":
             args, command = submit_flags.parse_args("", argv)
-            assert command or args.status is not None
+            assert command or args.sweep or args.status is not None
             if not command:
                 return
             script, argv = command[0], command[1:]
@@ -144,6 +154,23 @@ def test_command_parses(
         else:
             monkeypatch.setattr(sys, "argv", [script, *argv])
             OTHERS[script].parse_args()
+
+
+def test_sweep_shown_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean_environment: None) -> None:
+    (shown,) = blocks(ENGLISH.read_text(encoding="utf-8"), "yaml")
+    assert blocks(CHINESE.read_text(encoding="utf-8"), "yaml") == [shown]
+    monkeypatch.chdir(tmp_path)
+    for text in (shown, (ROOT / "demo" / "sweep.yaml").read_text(encoding="utf-8")):
+        sweep = yaml.load(text, Loader=yaml.BaseLoader)
+        assert sweep.keys() <= set(sweep_file.KEYS)
+        script, *argv = shlex.split(sweep["train"])
+        for flag, values in sweep["grid"].items():
+            argv += [f"--{flag}", values[0]]
+        model_args, _, train_args = parse_training(script, [*argv, "--output_dir", "out"], tmp_path)
+        assert choose_parts(model_args, train_args)
+        for key in sweep.keys() & {"pope", "dev"}:
+            monkeypatch.setattr(sys, "argv", ["pope_eval.py", "--model-path", "model", *shlex.split(sweep[key])])
+            pope_eval.parse_args()
 
 
 def check_sbatch(script: Path, argv: list[str]) -> None:

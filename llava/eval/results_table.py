@@ -32,8 +32,8 @@ _RATIO_NOTES = (
     "the baseline.",
     "Baseline, threshold moved: accuracy of the baseline's scores with the threshold at which it says yes as often as "
     "the model. Δ control is the model's accuracy less that one; thresholds are those of the full sample, and its p is "
-    "corrected as above, over this table's rows. A model is called better or worse where the interval leaves out 0 and p "
-    f"is below {TOLD_APART}.",
+    "corrected as above, over this table's rows. A model is called better or worse where the interval leaves out 0 and "
+    f"p is below {TOLD_APART}.",
 )
 
 _LATEX = {
