@@ -95,20 +95,41 @@ def run_job(
         options += ["--processes", str(processes)] if processes is not None else []
         options += ["--include", include] if include is not None else []
         code = _run_nodes([*options, "--", *find_script(command)], job, logs / f".outcome-{job}", signals)
-        if code == 0:
-            return code
-        if "SIGTERM" in signals.names or (code in _AGAIN and _is_ending(job)):
-            _say(job, "was ended: cancelled, or its time was up before all was saved")
-            return CANCELLED
-        if code not in _AGAIN:
-            _say(job, f"failed with exit code {code}")
-            return code
-        why = f"stopped by {signals.names[0] if signals.names else 'a signal'}" if code == EXIT_STOPPED else "killed"
-        if restarts >= max_requeues:
-            _say(job, f"{why}; not queued again: --max-requeues {max_requeues} reached; {_GO_ON}")
-        else:
-            _requeue(job, why, f"{restarts + 1} of {max_requeues}")
+        return _settled(job, code, signals.names, max_requeues)
+
+
+def run_here(command: list[str], env: Mapping[str, str], max_requeues: int = MAX_REQUEUES) -> int:
+    """Run one process (a program with its arguments) in the batch step; otherwise as ``run_job``."""
+    job = job_name(os.environ)
+    again = 0.0
+    with _Signals() as signals:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=env)
+        while process.poll() is None:
+            if signals.names and time.monotonic() >= again:
+                again = time.monotonic() + REPEAT_SECONDS
+                process.send_signal(signal.SIGUSR2)
+            time.sleep(0.2)
+        code = process.returncode if process.returncode >= 0 else 128 - process.returncode
+        return _settled(job, code, signals.names, max_requeues)
+
+
+def _settled(job: str, code: int, signals: list[str], max_requeues: int) -> int:
+    """What the end of a run means for its job, which is queued again where the run is to go on; the job's exit code."""
+    if code == 0:
         return code
+    if "SIGTERM" in signals or (code in _AGAIN and _is_ending(job)):
+        _say(job, "was ended: cancelled, or its time was up before all was saved")
+        return CANCELLED
+    if code not in _AGAIN:
+        _say(job, f"failed with exit code {code}")
+        return code
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    why = f"stopped by {signals[0] if signals else 'a signal'}" if code == EXIT_STOPPED else "killed"
+    if restarts >= max_requeues:
+        _say(job, f"{why}; not queued again: --max-requeues {max_requeues} reached; {_GO_ON}")
+    else:
+        _requeue(job, why, f"{restarts + 1} of {max_requeues}")
+    return code
 
 
 def job_name(env: Mapping[str, str]) -> str:

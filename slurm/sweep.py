@@ -19,10 +19,10 @@ from statistics import mean
 from typing import Any
 
 from llava.errors import UserError, note
-from llava.files import atomic_write, claim_folder, read_object, write_json
+from llava.files import atomic_write, claim_folder, field, read_object, write_json
 from llava.interruption import EXIT_STOPPED, SIGNALS, Stopped
 from slurm import foreground, gpus, table, watch
-from slurm.job import CANCELLED, KILLED, run_job
+from slurm.job import CANCELLED, KILLED, run_here, run_job
 from slurm.sweep_file import BASELINE, Sweep, read_sweep
 from slurm.sweep_stages import (
     CACHES,
@@ -67,7 +67,7 @@ def _refuse_queued(folder: Path) -> None:
     """Two that do the same stages would spoil each other's files."""
     if not (folder / JOBS).is_file():
         return
-    for job in read_object(folder / JOBS)["jobs"]:
+    for job in field(str(folder / JOBS), read_object(folder / JOBS), "jobs", list):
         try:
             states = watch.states(job)
         except (watch.Unreachable, FileNotFoundError) as error:
@@ -404,16 +404,16 @@ def _task(run: Run, stages: list[Stage], name: str, how: dict[str, Any]) -> int:
 
     def do(stage: Stage, record: Record) -> int:
         record.begin(stage, log)
-        if stage.is_module:
-            codes.append(_python(stage.command))
-            return codes[-1]
         # A signal between two stages has found no run that could save: the next one gets it, and hears it in time.
         for number in between:
             again = threading.Timer(SHOW_AGAIN, os.kill, (os.getpid(), number))
             again.daemon = True
             again.start()
         between.clear()
-        codes.append(run_job(stage.command, **options))
+        if stage.is_module:
+            codes.append(run_here([sys.executable, *stage.command], with_root(os.environ), how["max_requeues"]))
+        else:
+            codes.append(run_job(stage.command, **options))
         return codes[-1]
 
     try:

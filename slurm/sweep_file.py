@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from llava.errors import UserError, note
-from llava.eval.pope import read_questions_of
+from llava.eval.pope import SETS, read_questions_of, set_of
 from llava.eval.pope_questions import same_picture
 from llava.files import existing
 from slurm import runs
@@ -200,6 +200,10 @@ def _flags(file: Path, content: dict[str, Any], train: list[str]) -> list[dict[s
     for key in grid:
         if key in listed:
             raise UserError(f"{file}: {key} stands in grid and in list; keep it in one of them")
+    if not grid and not listed:
+        raise UserError(f"{file}: nothing varies: grid and list name no flag")
+    if any(not item for item in items) and not grid:
+        raise UserError(f"{file}: list: an entry without a flag; expected entries as {{lora_r: 64, lora_alpha: 128}}")
     order = [key for part in content if part in ("grid", "list") for key in (grid if part == "grid" else _keys(items))]
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     found = []
@@ -300,7 +304,14 @@ def _question_files(file: Path, key: str, words: list[str]) -> list[Path]:
 
 
 def _check_questions(file: Path, key: str, words: list[str]) -> None:
-    _question_files(file, key, words)
+    files = _question_files(file, key, words)
+    said = runs._value(words, "--set") or "all"
+    for name in SETS if said == "all" else ({"adv": "adversarial"}.get(said, said),):
+        if name not in map(set_of, files):
+            raise UserError(
+                f"{file}: {key}: --pope_path {runs._value(words, '--pope_path')}: no questions of the set '{name}' "
+                "there; add them, or say which set is to be asked (--set)"
+            )
     pictures = runs._value(words, "--coco_path")
     if not pictures or not Path(pictures).expanduser().is_dir():
         raise UserError(f"{file}: {key}: --coco_path {pictures or 'is missing'}: expected the folder of the pictures")

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from llava.eval.pope import SETS
-from llava.files import read_object, write_json
+from llava.files import field, read_object, write_json
 from llava.interruption import EXIT_STOPPED
 from slurm import runs
 from slurm.launch import ROOT
@@ -77,7 +77,9 @@ class Record:
 
     def __init__(self, run: Run) -> None:
         self.path = Path(run.folder) / RECORD
-        self.stages: dict[str, dict[str, Any]] = read_object(self.path)["stages"] if self.path.is_file() else {}
+        self.stages: dict[str, dict[str, Any]] = {}
+        if self.path.is_file():
+            self.stages = field(str(self.path), read_object(self.path), "stages", dict, "delete the file to begin anew")
 
     def of(self, stage: Stage) -> dict[str, Any]:
         """What is known of a stage; empty before it has begun."""

@@ -441,8 +441,13 @@ def test_a_bootstrap_too_small_for_the_correction_says_so(base, tuned):
 def test_objects(base, tuned):
     dog, cat = worst(objects_of(tuned, base))[::-1]
     # Two sets of four questions and two seeds; the base says yes to 4 dogs of 4 twice, and to 2 and 3 cats.
-    assert (dog.object, dog.questions, dog.base, dog.tuned) == ("dog", 8, Confusion(8, 0, 0, 0), Confusion(15, 0, 0, 1))
-    assert (cat.object, cat.questions, cat.base, cat.tuned) == ("cat", 8, Confusion(0, 5, 3, 0), Confusion(0, 2, 14, 0))
+    assert (dog.object, dog.questions, dog.base, dog.tuned) == (
+        "dog",
+        8,
+        Confusion(8, 0, 0, 0),
+        Confusion(7.5, 0, 0, 0.5),
+    )
+    assert (cat.object, cat.questions, cat.base, cat.tuned) == ("cat", 8, Confusion(0, 5, 3, 0), Confusion(0, 1, 7, 0))
     assert [row.base for row in by_object(None, tuned.runs[0])] == [None, None]
     rows = list(csv.DictReader(io.StringIO(results_table.objects_csv([("s0", objects_of(tuned, base))]))))
     assert [(r["object"], r["base_false_yes"], r["tuned_accuracy"], r["tuned_yes_ratio"]) for r in rows] == [

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,7 +139,8 @@ def questions(folder: Path, *pictures: int) -> None:
     rows = [
         {"question_id": n, "image": f"{n}.jpg", "text": "Is there a dog in the image?", "label": "no"} for n in pictures
     ]
-    (folder / "coco_pope_random.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("random", "popular", "adversarial"):
+        (folder / f"coco_pope_{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def starts(folder: Path) -> list[str]:
@@ -203,6 +205,7 @@ def test_a_long_name_is_short_and_still_its_own(here):
         ("grid", "gird", "unknown key gird; expected output_dir, train, grid, list"),
         ("output_dir: out\n", "", "output_dir is missing"),
         ("grid: {beta: [0.1, 9], seed: [0, 1]}", "", "nothing varies"),
+        ("grid: {beta: [0.1, 9], seed: [0, 1]}", "grid: {}", "nothing varies"),
         ("beta: [0.1, 9]", "beta: [0.1, 0.10]", "beta=0.1_seed=0 and beta=0.10_seed=0 are the same run"),
         ("beta: [0.1, 9]", "tune: [a/b, 'a,b']", "tune stands in train and in grid or list"),
         ("beta: [0.1, 9]", "loss_type: [a/b, 'a,b']", "two runs would have the folder loss_type=a-b_seed=0"),
@@ -220,6 +223,7 @@ def test_a_long_name_is_short_and_still_its_own(here):
         ("pope: --coco", "pope: --model-path x --coco", "pope: --model-path has no place in a sweep"),
         ("--coco_path coco", "--coco_path cocoa", "--coco_path cocoa: expected the folder of the pictures"),
         ("--pope_path pope", "--pope_path popes", "--pope_path popes: no coco_pope_*.json there"),
+        ("--pope_path pope", "--pope_path pope/coco_pope_random.json", "no questions of the set 'popular' there"),
         ("--pope_path pope", "--pope_path pope --scors", "pope_eval.py: unknown flag --scors; did you mean --scores?"),
         ("pope:", "diagnose: --sat all\npope:", "diagnose: unknown flag --sat"),
         ("grid: {", "grid: [{", "sweep.yaml: line 4:"),
@@ -516,8 +520,7 @@ def test_test_questions_are_for_the_best_on_dev(call, here, monkeypatch):
     assert call("--local", "--select-on", "dev")[0] == 0
     assert [line.split()[0] for line in starts(here)] == ["report"]
 
-    (here / "dev" / "coco_pope_random.json").unlink()
-    (here / "dev").rmdir()
+    shutil.rmtree(here / "dev")
     questions(here / "dev", 3, 4)
     code, _, err = call("--local", "--select-on", "dev")
     assert code == 2 and "dev and pope ask about 1 of the same pictures (3.jpg: dev/coco_pope_random.json" in err

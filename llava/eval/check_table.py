@@ -658,6 +658,8 @@ def _cell(text: str) -> _Cell | None:
         return None
     digits = digits.replace(",", ".")
     exponent = int(power or 0)
+    if abs(exponent) > 9:
+        return None  # no share
     decimals = len(digits.partition(".")[2]) - exponent
     number = float(digits) * 10.0**exponent * (-1 if sign in ("-", "−", "–") else 1)
     spread = bool(re.search(r"±|\+/-|\+-|^\s*\(\s*\d[^↑↓]*$", after))

@@ -137,7 +137,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ObjectRow:
-    """The questions about one object, over all sets and seeds: how many there are, and the counts of both models."""
+    """The questions about one object, over all sets: how many there are, and the counts of both models.
+
+    The counts of several seeds are means.
+    """
 
     object: str
     questions: int
@@ -694,7 +697,7 @@ def by_object(baseline: Run | None, run: Run) -> list[ObjectRow]:
 
 
 def objects_of(group: Group, baseline: Group | None) -> list[ObjectRow]:
-    """``by_object`` of a group, the counts of its seeds (and of the baseline's) added up."""
+    """``by_object`` of a group, means over its seeds (and over the baseline's)."""
     return _object_rows(baseline.runs if baseline is not None else (), group.runs)
 
 
@@ -705,10 +708,7 @@ def worst(rows: Iterable[ObjectRow], most: int = 10) -> list[ObjectRow]:
 
 def _object_rows(bases: Sequence[Run], runs: Sequence[Run]) -> list[ObjectRow]:
     tuned, base = _by_object(runs), _by_object(bases)
-    return [
-        ObjectRow(name, sum((c.tp, c.fp, c.tn, c.fn)) // len(runs), base.get(name), c)
-        for name, c in sorted(tuned.items())
-    ]
+    return [ObjectRow(name, round(c.tp + c.fp + c.tn + c.fn), base.get(name), c) for name, c in sorted(tuned.items())]
 
 
 def _by_object(runs: Sequence[Run]) -> dict[str, Confusion]:
@@ -720,4 +720,8 @@ def _by_object(runs: Sequence[Run]) -> dict[str, Confusion]:
                     # tp, fp, tn, fn
                     place = (0 if truth else 1) if said else (3 if truth else 2)
                     counts.setdefault(found.group(1).lower(), [0, 0, 0, 0])[place] += 1
-    return {name: Confusion(*held) for name, held in counts.items()}
+
+    def mean(count: int) -> float:
+        return count if len(runs) == 1 else count / len(runs)
+
+    return {name: Confusion(*map(mean, held)) for name, held in counts.items()}

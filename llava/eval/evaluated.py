@@ -201,8 +201,11 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
     groups = []
     for members in by_key.values():
         members.sort(key=lambda run: -1 if run.seed is None else run.seed)
-        for one, other in itertools.pairwise(members):
-            if one.seed == other.seed:
+        for one, other in itertools.pairwise(list(members)):
+            if one.training and other.training and one.training.get("run", "") == other.training.get("run"):
+                note(f"{other.answers}: answers of a copy of {one.folder}; they are left out")
+                members.remove(other)
+            elif (one.seed, _data_seed(one)) == (other.seed, _data_seed(other)):
                 what = "the same model asked" if one.seed is None else f"seed {one.seed} is there"
                 warn(f"{what} twice: {one.answers} and {other.answers}; both count")
         groups.append(Group(tuple(members), _without_seed(members[0].settings)))
@@ -225,6 +228,10 @@ def differing(groups: Iterable[Group]) -> list[str]:
         *(name for name in found if name in COMPUTED or not _unknown(trained, name)),
         *(name for name in ASKED if _differ(groups, name)),
     ]
+
+
+def _data_seed(run: Run) -> Any:
+    return run.settings.get("data_seed")
 
 
 def _without_origin(trained: list[Group]) -> list[Group]:
@@ -262,7 +269,7 @@ def _as_json(value: Any) -> str:
 
 
 def _without_seed(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name != "seed"}
+    return {name: value for name, value in settings.items() if name not in ("seed", "data_seed")}
 
 
 # Folders
@@ -302,7 +309,7 @@ def card_of(file: Path, argument: str = "model_name_or_path") -> dict[str, Any] 
     Raises:
         UserError: it is broken.
     """
-    card = read_json(file) if file.is_file() else None
+    card = (read_object if file.name == RUN_CARD else read_json)(file) if file.exists() else None
     arguments = card.get("arguments") if isinstance(card, dict) else None
     return card if isinstance(arguments, dict) and argument in arguments else None
 
@@ -361,7 +368,8 @@ def _with_contents(runs: list[Run]) -> list[Run]:
 
 
 def _data_of(run: Run) -> dict[str, str]:
-    data = (run.training or {}).get("data", {})
+    data = (run.training or {}).get("data")
+    data = data if isinstance(data, dict) else {}
     return {path: str(file.get("sha256")) for path, file in data.items() if isinstance(file, dict)}
 
 
@@ -552,7 +560,8 @@ def _asked_how(card: dict[str, Any]) -> dict[str, Any]:
     """The settings of a POPE run (``ASKED``), with what the defaults mean; older cards have fewer keys."""
     arguments = card["arguments"]
     prompt = card.get("protocol") or arguments.get("prompt") or "hadpo"
-    on_cuda = bool((card.get("hardware") or {}).get("gpus"))
+    hardware = card.get("hardware")
+    on_cuda = isinstance(hardware, dict) and bool(hardware.get("gpus"))
     template = PROTOCOLS[prompt].template if prompt in PROTOCOLS else None
     return {
         "prompt": prompt,

@@ -264,7 +264,7 @@ def _object_cells(base: Confusion | None, tuned: Confusion) -> Iterable[str]:
         for counts in (base, tuned):
             yield NOTHING if counts is None else f"{100 * getattr(counts, metric):.2f}"
     for counts in (base, tuned):
-        yield NOTHING if counts is None else f"{counts.fp:,}"
+        yield NOTHING if counts is None else f"{counts.fp:,.4g}"
 
 
 # How it was made

@@ -106,6 +106,9 @@ class Flip:
     padded: bool = False
 
 
+NAMES = ("accuracy", "difference", "precision_recall", "yes_ratio", "kl", "gap", "depth", "flips")
+
+
 def write_plots(
     folder: Path,
     comparison: Comparison,
@@ -135,6 +138,14 @@ def write_plots(
                     out.write(drawn.getvalue())
             plots.append(Plot(section, title, *files, caption))
     return plots
+
+
+def remove_others(folder: Path, plots: Sequence[Plot]) -> None:
+    """Remove figures of an earlier report that this one has not drawn; files of other names stay."""
+    ours = {file.name for plot in plots for file in (plot.png, plot.pdf)}
+    for file in folder.glob("*.p*"):
+        if file.name not in ours and re.fullmatch(rf"({'|'.join(NAMES)})(-.*)?\.(png|pdf)", file.name):
+            file.unlink()
 
 
 def _figures(
@@ -428,6 +439,8 @@ def _yes_ratio(comparison: Comparison) -> tuple[str, Figure] | None:
     curves, named = False, set[str]()
     for axis, name in zip(axes, sets, strict=True):
         asked = [group for group, _ in groups if _answers(group, name)]
+        if not asked:  # only by groups that are not among those shown
+            continue
         for group in asked:
             if id(group) not in close:
                 axis.plot(*_point(group, name), "o", color="#bbbbbb", markersize=3)

@@ -65,13 +65,14 @@ class Answer:
 class Confusion:
     """Counts with 'yes' as the positive class; ``unparsed`` of them said neither yes nor no and count as yes.
 
-    The metrics are fractions with the formulas of POPE's ``evaluate.py``; 0.0 where that divides by zero.
+    The metrics are fractions with the formulas of POPE's ``evaluate.py``; 0.0 where that divides by zero. Counts
+    that are means over several runs need not be whole.
     """
 
-    tp: int
-    fp: int
-    tn: int
-    fn: int
+    tp: float
+    fp: float
+    tn: float
+    fn: float
     unparsed: int = 0
 
     @property

@@ -143,7 +143,10 @@ def _report(args: argparse.Namespace) -> None:
     if selection:
         comparison.notes[:0] = selection.lines
     comparison.notes.extend(_failures(folders))
-    _write(out, comparison, selection, plots=not args.no_plots)
+    try:
+        _write(out, comparison, selection, plots=not args.no_plots)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: {error.filename or out} cannot be written: {error.strerror}") from None
 
 
 def _with_test_answers(groups: list[Group]) -> list[Group]:
@@ -189,8 +192,8 @@ def _failures(folders: Sequence[Path]) -> list[str]:
     """What a sweep says of its runs that failed; it gives the folders of the others, which lie beside the file."""
     places = dict.fromkeys(place.resolve() for folder in folders for place in (folder, folder.parent))
     found = [place / "failed.md" for place in places if (place / "failed.md").is_file()]
-    lines = [line.strip() for file in found for line in file.read_text("utf-8").splitlines()]
-    return [f"Failed, and not in the table: {line.removeprefix('- ')}" for line in lines if line.startswith("- ")]
+    lines = [line.strip() for file in found for line in file.read_text("utf-8", errors="replace").splitlines()]
+    return [f"Failed: {line.removeprefix('- ')}" for line in lines if line.startswith("- ")]
 
 
 def _write(out: Path, comparison: Comparison, selection: _Selection | None, plots: bool) -> None:
@@ -198,7 +201,7 @@ def _write(out: Path, comparison: Comparison, selection: _Selection | None, plot
     from llava.eval.diagnostics import read_diagnostics
     from llava.eval.hparams import write_hparams
     from llava.eval.page import write_page
-    from llava.eval.plots import shown_flips, write_plots
+    from llava.eval.plots import remove_others, shown_flips, write_plots
     from llava.files import write_json
 
     results, reluctance = tables.markdown(comparison), tables.ratio_markdown(comparison)
@@ -221,7 +224,7 @@ def _write(out: Path, comparison: Comparison, selection: _Selection | None, plot
     _write_text(out / "objects.csv", tables.objects_csv(objects.items()))
     write_json(out / "report.json", _content(comparison, selection, worst))
     drawn = write_plots(out / "plots", comparison, runs, diagnostics) if plots else []
-    write_hparams(out / "tensorboard", comparison)
+    remove_others(out / "plots", drawn)
     write_page(
         out / "report.html",
         comparison,
@@ -232,6 +235,7 @@ def _write(out: Path, comparison: Comparison, selection: _Selection | None, plot
         flips=shown_flips(comparison, diagnostics),
         objects=worst,
     )
+    write_hparams(out / "tensorboard", comparison)
     note(f"the report is in {out} (report.html, table.md, table.csv, table.tex, objects.csv, report.json)")
 
 

@@ -78,7 +78,10 @@ def _command(file: Path, card: dict[str, Any]) -> str:
 
 def _split_command(file: Path, command: str) -> tuple[str, str, list[str]]:
     """Interpreter, script and the user's arguments; what a launcher has put between them is left out."""
-    words = shlex.split(command)
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UserError(f"{file}: key 'command' is no shell command ({error}): {command[:80]!r}") from None
     at = next((index for index, word in enumerate(words) if index and word.endswith(".py")), None)
     if at is None:
         raise UserError(f"{file}: key 'command' names no script: {command[:80]!r}; expected python SCRIPT.py ARGS")
@@ -122,8 +125,9 @@ def _other_folder(file: Path, card: dict[str, Any], directory: Path, arguments: 
 
 def _launch(card: dict[str, Any], arguments: list[str]) -> dict[str, Any]:
     """``launch`` of the card; of one without it, what the command and the number of processes tell."""
-    if "launch" in card:
-        return card["launch"]
+    launch = card.get("launch")
+    if isinstance(launch, dict) and launch.keys() >= {"launcher", "nodes", "processes_per_node"}:
+        return launch
     processes = int((card.get("hardware") or {}).get("world_size", 1))
     by_deepspeed = "--local_rank" in card["command"]
     launcher = "python" if processes == 1 else "deepspeed" if by_deepspeed else "torchrun"
@@ -161,7 +165,7 @@ def _tell_data(file: Path, card: dict[str, Any]) -> None:
         path = directory / Path(name).expanduser()
         if not path.is_file():
             warn(f"{file}: its data file {name} is not there")
-        elif sha256(path) != recorded["sha256"]:
+        elif sha256(path) != field(f"{file}: {name}", recorded, "sha256", str):
             warn(f"{file}: its data file {name} has changed since: the numbers will be others")
 
 
