@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -367,6 +368,17 @@ def test_groups_differ_in_more_than_seed_and_place(world, tmp_path):
     assert "seed" not in groups[0].settings and groups[0].runs[0].settings["seed"] == 0
     assert not {"output_dir", "save_steps", "run_name", "report_to"} & groups[0].settings.keys()
     assert differing(groups) == ["learning_rate"]
+
+
+def test_a_copy_is_no_other_seed(world, tmp_path, capsys):
+    world.train("a", beta=0.1)
+    card = json.loads((tmp_path / "a/run.json").read_text())
+    (tmp_path / "a/run.json").write_text(json.dumps({**card, "run": "5f"}))
+    world.ask("a/pope", "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (group,) = grouped(read_runs([tmp_path]))
+    assert [run.folder.name for run in group.runs] == ["a"]
+    assert f"{tmp_path}/b/pope: answers of the training that {tmp_path}/a/pope is of too" in capsys.readouterr().err
 
 
 def test_an_argument_without_effect_parts_no_group(world, tmp_path, capsys):

@@ -243,6 +243,10 @@ def test_every_figure_as_png_and_pdf(comparison, tmp_path):
         assert pdf.startswith(b"%PDF") and b"CreationDate" not in pdf
         assert b"/Type3" not in pdf and b"/FontFile2" in pdf  # TrueType, in the file
     assert {name: matplotlib.rcParams[name] for name in plots.STYLE} == before
+    (tmp_path / "plots/own.png").touch()
+    plots.remove_others(tmp_path / "plots", drawn[:4])
+    left = {file.name for file in (tmp_path / "plots").iterdir()}
+    assert left == {"own.png", *(file.name for plot in drawn[:4] for file in (plot.png, plot.pdf))}
 
 
 def test_no_curves_without_scores(folder):

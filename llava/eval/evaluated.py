@@ -191,7 +191,8 @@ def read_runs(folders: Sequence[Path], labels: Path | None = None) -> list[Run]:
 def grouped(runs: Iterable[Run]) -> list[Group]:
     """Runs that differ in nothing but their seed, in the order in which they come first; each group by seed.
 
-    The same model asked twice, or two runs with one seed, stay in their group, with a warning.
+    Of one training asked twice, or copied, the first counts. Two trainings with one seed, and an untrained model asked
+    twice, stay in their group, with a warning.
     """
     by_key: dict[str, list[Run]] = {}
     for run in runs:
@@ -203,7 +204,7 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
         members.sort(key=lambda run: -1 if run.seed is None else run.seed)
         for one, other in itertools.pairwise(list(members)):
             if one.training and other.training and one.training.get("run", "") == other.training.get("run"):
-                note(f"{other.answers}: answers of a copy of {one.folder}; they are left out")
+                note(f"{other.answers}: answers of the training that {one.answers} is of too; they are left out")
                 members.remove(other)
             elif (one.seed, _data_seed(one)) == (other.seed, _data_seed(other)):
                 what = "the same model asked" if one.seed is None else f"seed {one.seed} is there"
