@@ -109,8 +109,10 @@ def run_here(command: list[str], env: Mapping[str, str], max_requeues: int = MAX
                 again = time.monotonic() + REPEAT_SECONDS
                 process.send_signal(signal.SIGUSR2)
             time.sleep(0.2)
-        code = process.returncode if process.returncode >= 0 else 128 - process.returncode
-        return _settled(job, code, signals.names, max_requeues)
+        code = process.returncode
+        if -code in SIGNALS:
+            code = EXIT_STOPPED  # in its first moments it has no handler yet
+        return _settled(job, code if code >= 0 else 128 - code, signals.names, max_requeues)
 
 
 def _settled(job: str, code: int, signals: list[str], max_requeues: int) -> int:

@@ -413,6 +413,25 @@ def test_what_becomes_of_the_job(in_job, capfd, codes, more, code, told, said):
     assert len(err.splitlines()) == bool(said)
 
 
+@pytest.mark.parametrize("handler", ["lambda *_: sys.exit(75)", "signal.SIG_DFL"])
+def test_one_process_in_the_batch_step(in_job, tmp_path, capfd, handler):
+    """It hears the signal, and its job is queued again; also where it had no handler yet."""
+    script = f"import signal, sys, time; signal.signal(signal.SIGUSR2, {handler}); open('{tmp_path}/up', 'w')"
+    waiting = [sys.executable, "-c", f"{script}; time.sleep(60)"]
+
+    def send() -> None:
+        while not (tmp_path / "up").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    threading.Thread(target=send).start()
+    assert job.run_here(waiting, os.environ) == 75
+    assert (tmp_path / "scontrol").read_text() == "requeue 41\n"
+    assert "job 41: stopped by SIGUSR2; queued again (1 of 10)" in capfd.readouterr().err
+    assert job.run_here([sys.executable, "-c", "raise SystemExit(2)"], os.environ) == 2
+    assert job.run_here([sys.executable, "-c", ""], os.environ) == 0
+
+
 def test_a_cancelled_job_is_not_queued_again(in_job, capfd):
     assert in_job("75 75", send=signal.SIGTERM, heard=1) == (143, "")
     assert "job 41: was ended: cancelled" in capfd.readouterr().err
