@@ -39,11 +39,12 @@ def main() -> None:
     parts = choose_parts(model_args, train_args)
     arguments = as_dict(model_args, data_args, train_args)
     checkpoint = checkpoint_to_resume(train_args)
-    check_resumed(checkpoint, arguments)
+    check_resumed(checkpoint, arguments, model_args)
     first = train_args.process_index == 0
 
     # Everything a user can have got wrong is found here, before gigabytes are read.
     plan = plan_model(model_args, data_args, train_args, parts)
+    arguments["version"] = model_args.version  # as the plan has settled it
     builder = example_builder(plan, model_args.version)
     collate = collator(plan, builder, train_args)
     features = feature_folder(train_args.feature_cache, plan, parts)

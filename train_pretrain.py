@@ -20,7 +20,7 @@ def main() -> None:
     prepare_processes()
     from transformers import set_seed
 
-    from llava.data.captions import Captions
+    from llava.data.mixture import Mixture, open_records
     from llava.distributed import read_world, say_device
     from llava.run_card import RunCard
     from llava.status import Status
@@ -39,23 +39,28 @@ def main() -> None:
     parts = choose_parts(model_args, train_args)
     arguments = as_dict(model_args, data_args, train_args)
     checkpoint = checkpoint_to_resume(train_args)
-    check_resumed(checkpoint, arguments)
+    check_resumed(checkpoint, arguments, model_args)
     first = train_args.process_index == 0
 
     # Everything a user can have got wrong is found here, before gigabytes are read.
     plan = plan_model(model_args, data_args, train_args, parts)
+    arguments["version"] = model_args.version  # as the plan has settled it
     builder = example_builder(plan, model_args.version)
     collate = collator(plan, builder, train_args)
     features = feature_folder(train_args.feature_cache, plan, parts)
     hidden = hidden_cache(train_args, plan, parts, model_args.version)
-    skip, folder = data_args.skip_missing_images, data_args.image_folder
-    captions = Captions(data_args.data_path, folder, builder, skip)
-    held_out = Captions(data_args.eval_data_path, folder, builder, skip) if data_args.eval_data_path else None
+    rest = (data_args.image_folder, builder, data_args.skip_missing_images, train_args.seed)
+    captions = open_records(data_args.data_path, *rest)
+    held_out = open_records(data_args.eval_data_path, *rest) if data_args.eval_data_path else None
     if train_args.upstream_order:
         samples_of_whole_steps(len(captions), train_args)  # batches left over are refused here
     if first:
+        for data in (captions, held_out):
+            if isinstance(data, Mixture):
+                print(data.table())
         print(f"{len(captions)} records" + (f", {len(held_out)} held out" if held_out else ""))
-    card = RunCard(train_args.output_dir, arguments, (data_args.data_path, data_args.eval_data_path), train_args.seed)
+    files = [*captions.files, *(held_out.files if held_out else ())]
+    card = RunCard(train_args.output_dir, arguments, files, train_args.seed)
 
     say_device(read_world(), train_args.device.type == "cuda")
     set_seed(train_args.seed)

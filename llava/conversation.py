@@ -8,9 +8,9 @@ separators are those that LLaVA and HA-DPO checkpoints were trained with.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llava.errors import UserError
 
@@ -251,6 +251,18 @@ conv_templates: dict[str, Conversation] = {
     "qwen": conv_qwen_1_5,
     "qwen_1_5": conv_qwen_1_5,
 }
+
+
+def template_of(config: Any) -> str:
+    """Name of the template that a model was last taught to talk in (``mm_conv_mode`` of its ``config.json``), else the
+    usual one of its language model; ``config`` is an object or a dictionary.
+    """
+
+    def get(key: str) -> Any:
+        return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+
+    own = get("mm_conv_mode")
+    return own if own in conv_templates else "qwen" if "qwen2" in (get("model_type") or "") else "v1"
 
 
 def template(name: str, flag: str = "--version") -> Conversation:

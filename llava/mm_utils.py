@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import StoppingCriteria
 
 from llava.constants import IMAGE_TOKEN_INDEX
+from llava.tokenization import bos_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +30,7 @@ def tokenizer_image_token(
     once, at the start. Returns a list, or a LongTensor of shape (L,) with ``return_tensors="pt"``.
     """
     chunks = [tokenizer(chunk).input_ids for chunk in prompt.split("<image>")]
-    bos = 1 if chunks[0] and chunks[0][0] == tokenizer.bos_token_id else 0
+    bos = len(bos_prefix(tokenizer))  # a text may begin with that token itself: SmolLM2's is <|im_start|>
     ids = list(chunks[0])
     for chunk in chunks[1:]:
         ids += [image_token_index, *chunk[bos:]]

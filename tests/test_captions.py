@@ -94,7 +94,7 @@ def test_json_lines_are_read_too(golden, builder, tmp_path):
     (tmp_path / "data.jsonl").write_text(json.dumps(record()) + "\n" + json.dumps(record()) + "\n")
     captions = Captions(str(tmp_path / "data.jsonl"), None, builder())
     assert len(captions) == 2
-    assert captions.records[1][0].endswith("data.jsonl: line 2")
+    assert captions.place(1).endswith("data.jsonl: line 2")
 
 
 def test_modality_lengths_count_words_negative_without_picture(data):

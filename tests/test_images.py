@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -192,3 +194,10 @@ def test_leaving_out_missing_pictures_must_leave_something(seven_lost):
     lost = [record for record in seven_lost if record[0][-1] not in "026"]
     with pytest.raises(UserError, match=r"6 image\(s\) missing, in 7 of 7 records.*no record is left; check --vg_path"):
         drop_missing(lost, lambda paths: paths, skip=True, flag="--vg_path")
+
+
+def test_paths_are_put_together_as_pathlib_does(tmp_path):
+    names = ["a.jpg", "a/b.jpg", "/a", "./a.jpg", "a//b.jpg", "a/./b.jpg", "a/", "..", "../a.jpg", ".a", ""]
+    for folder in ("data", "./data/", "data//x", ".", "/", "~", "~/x", "", None, tmp_path):
+        for name in names:
+            assert join(folder, name) == str((Path(folder or "") / name).expanduser()), (folder, name)

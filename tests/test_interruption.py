@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -272,7 +273,7 @@ def test_another_number_of_processes_is_refused_with_what_to_do(two_checkpoints,
     arguments = json.loads((two_checkpoints / "run.json").read_text())["arguments"] | {"world_size": now}
     arguments |= {str(flag).removeprefix("--"): str(value) for flag, value in zip(extra[::2], extra[1::2], strict=True)}
     with pytest.raises(UserError, match="belongs to a run on 1 process") as refused:
-        check_resumed(str(two_checkpoints / "checkpoint-3"), arguments)
+        check_resumed(str(two_checkpoints / "checkpoint-3"), arguments, SimpleNamespace(version="v1"))
     assert says in str(refused.value) and "--resume_from_checkpoint False" in str(refused.value)
 
 
@@ -281,7 +282,7 @@ def test_another_number_of_processes_with_the_same_global_batch_goes_on(two_chec
 
     arguments = json.loads((two_checkpoints / "run.json").read_text())["arguments"]
     arguments |= {"world_size": 2, "gradient_accumulation_steps": 1}
-    check_resumed(str(two_checkpoints / "checkpoint-3"), arguments)
+    check_resumed(str(two_checkpoints / "checkpoint-3"), arguments, SimpleNamespace(version="v1"))
     assert "note: " in capsys.readouterr().err
 
 

@@ -60,7 +60,7 @@ def test_ha_dpos_command_runs_unchanged_under_deepspeed(golden, tmp_path):
         "warning: --tf32 True: there is no CUDA device",
         "warning: --report_to wandb: wandb is not installed",
         "note: --lazy_preprocess has nothing to do here",
-        "| projector | 6,272 | 0 | - |",  # --mm_projector_lr 0
+        "| projector | 6,272 | 0 | frozen |",  # --mm_projector_lr 0
     ):
         assert (done.stdout + done.stderr).count(line) == 1, line
     engine = json.loads((tmp_path / "out" / "run.json").read_text())["engine"]

@@ -27,6 +27,8 @@ MAY_IMPORT = {
     "model": BASE,
     "train": BASE | {"data", "model"},
     "eval": BASE | {"data", "model"},
+    "chat": BASE | {"data", "model", "eval"},
+    "serve": {"chat"},
 }
 
 

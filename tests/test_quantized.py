@@ -152,7 +152,7 @@ def test_a_run_on_a_quantized_model(run_script, dpo_flags, tmp_path, golden, bit
     assert notes == ([] if bits == 8 else [DOWN_STAYS])
     losses = losses_of(folder)
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[-1] < losses[0]
-    assert "| backbone | 228,672 | 0 | - |" in out
+    assert "| backbone | 228,672 | 0 | frozen |" in out
     assert json.loads((folder / "run.json").read_text())["arguments"]["bits"] == bits
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     assert json.loads((folder / "delta.json").read_text())["base"][0]["path"] == str(golden / "tiny-llava-original")

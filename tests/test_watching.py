@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event
 from torch.utils.tensorboard import SummaryWriter
@@ -22,7 +23,7 @@ from llava import status as status_module
 from llava.errors import UserError
 from llava.status import INTERVAL, STALE_AFTER, Status, failed, is_stale, read_status, seconds_since
 from llava.train import watching
-from llava.train.watching import Progress, TensorBoardOfAllParts
+from llava.train.watching import Meter, Progress, TensorBoardOfAllParts
 
 # ---- a run as Trainer's callbacks see it ----
 
@@ -409,6 +410,37 @@ def test_a_resumed_part_counts_its_own_steps(tmp_path, clock, capsys):
         "step 100/100 loss=0.5 2.4 pairs/s 0:00:00 left",
         "step 100/100 train_loss=0.4",
     ]
+
+
+def test_tokens_of_all_ranks_are_on_the_line_and_on_the_board(tmp_path, clock, capsys):
+    class TwoRanks:
+        def gather(self, mine):
+            return torch.cat([mine, torch.tensor([[500, 7]])])
+
+    run = Watched(tmp_path, clock)
+    run.progress.meter = meter = Meter(torch.device("cpu"))
+    board = TensorBoardOfAllParts(False, run.progress)
+    board.on_train_begin(run.args, run.state, run.control)
+    for seconds, seen in ((10, (600, torch.tensor(300))), (20, (100,))):
+        run.step(seconds)
+        run.tell("on_step_end")
+        clock.seconds += 1000
+        run.progress.pause()
+        for tokens in seen:
+            meter.saw(tokens)
+        meter.meet(TwoRanks())
+        for logs in ({"loss": 0.5}, {"eval_loss": 0.5}):
+            run.tell("on_log", logs=logs)
+            board.on_log(run.args, run.state, run.control, logs=logs)
+    # (600 + 300 + 500) / 10 s and (100 + 500) / 20 s; 24 pairs a step.
+    assert [line.split("loss=0.5 ")[1] for line in capsys.readouterr().out.splitlines() if " loss" in line] == [
+        "140 tokens/s 2.4 pairs/s 0:16:30 left",
+        "30 tokens/s 1.2 pairs/s 0:32:40 left",
+    ]
+    found = points(tmp_path)
+    for row in (("tokens_per_second", 1, 140), ("tokens_per_second", 2, 30), ("samples_per_second", 1, f32(2.4))):
+        assert (f"train/{row[0]}", *row[1:]) in found
+    assert [step for tag, step, _ in found if tag == "train/resident_memory_gb"] == [1, 2]
 
 
 def test_other_ranks_say_nothing(tmp_path, clock, capsys):

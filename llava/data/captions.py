@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from llava.conversation import SeparatorStyle
 from llava.data.collate import Example
 from llava.data.examples import ExampleBuilder, SkippingDataset
 from llava.data.images import drop_missing, join
+from llava.data.records import CONVERSATION, PAIR, RecordFile, missing_pictures
 from llava.errors import UserError
-from llava.files import field, read_records
+from llava.files import field
 
 
 class Captions(SkippingDataset[Example]):
@@ -31,11 +36,26 @@ class Captions(SkippingDataset[Example]):
         self.builder = builder
         self.skip_missing_images = skip_missing_images
         self.image_folder = image_folder
-        records = read_records(data_path)
-        for where, record in records:
+        self.file = RecordFile(data_path)
+        self._check()
+        self._rows = self._with_pictures()  # of the file
+
+    def _check(self) -> None:
+        """Every record's turns; those that are obviously good only by what the index says of them."""
+        plain = self.builder.template.sep_style is SeparatorStyle.PLAIN
+        for row in np.flatnonzero(self.file.shapes < (PAIR if plain else CONVERSATION)).tolist():
+            where, record = self.file.where(row), self.file[row]
             turns = field(where, record, "conversations", list)
-            builder.fill(where, turns, len(self._paths(record, where)))
-        self.records = drop_missing(records, self._paths, skip_missing_images)
+            self.builder.fill(where, turns, len(self._paths(record, where)))
+
+    def _with_pictures(self) -> np.ndarray:
+        """The rows of the file whose pictures are all there."""
+        everything = np.arange(len(self.file))
+        if not missing_pictures(self.file, self.image_folder):
+            return everything
+        named = [(self.file.where(row), row) for row in everything.tolist()]
+        kept = drop_missing(named, self._row_paths, self.skip_missing_images)
+        return np.array([row for _, row in kept], dtype=np.int64)
 
     def _paths(self, record: dict[str, Any], where: str = "") -> list[str]:
         names = record.get("image") or []
@@ -45,32 +65,43 @@ class Captions(SkippingDataset[Example]):
             raise UserError(f"{where}: key 'image' must be a path or a list of paths, found {other!r}")
         return [join(self.image_folder, name) for name in names]
 
+    def _row_paths(self, row: int) -> list[str]:
+        return [join(self.image_folder, name) for name in self.file.names_of(row)]
+
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self._rows)
 
     def place(self, index: int) -> str:
-        return self.records[index][0]
+        return self.file.where(int(self._rows[index]))
 
     def outline(self, index: int) -> Example:
-        where, record = self.records[index]
-        paths = self._paths(record)
+        where, record = self.place(index), self.file[int(self._rows[index])]
+        paths = self._paths(record, where)
         ids, labels = self.builder.tokenize(where, record["conversations"], len(paths))
         return Example(ids, labels, tuple(paths), None, index)
 
     def make(self, index: int) -> Example:
-        example, hidden = self._complete(self.records[index][0], self.outline(index))
+        example, hidden = self._complete(self.place(index), self.outline(index))
         return example._replace(hidden=hidden)
+
+    def pictures_of(self, index: int) -> list[str]:
+        """Paths of a record's pictures."""
+        return self._row_paths(int(self._rows[index]))
 
     @property
     def picture_paths(self) -> list[str]:
         """Every record's pictures, behind each other."""
-        return [path for _, record in self.records for path in self._paths(record)]
+        if len(self._rows) == len(self.file):
+            return list(self.file.paths(self.image_folder))
+        return [path for row in self._rows.tolist() for path in self._row_paths(row)]
 
     @property
     def modality_lengths(self) -> list[int]:
         """Words per record, negative where it has no picture: what upstream groups batches by."""
-        lengths = []
-        for _, record in self.records:
-            words = sum(len(turn["value"].split()) for turn in record["conversations"])
-            lengths.append(max(words, 1) if self._paths(record) else -max(words, 1))
-        return lengths
+        words = np.maximum(self.file.words[self._rows], 1)
+        return np.where(self.file.pictures[self._rows] > 0, words, -words).tolist()
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that the records come from."""
+        return [self.file.path]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import io
 import os
+import re
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +18,9 @@ from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from llava.data.zip_pictures import ZipPictures, archive_of
 from llava.errors import BrokenImage, UserError, warn
+from llava.files import sha256
 from llava.mm_utils import pad_to_square
 
 SHOWN = 5  # how many missing files a message names
@@ -28,25 +34,60 @@ def open_image(path: str | os.PathLike[str], where: str = "") -> Image.Image:
     """
     prefix = f"{where}: " if where else ""
     try:
-        with Image.open(path) as image:
+        with Image.open(_source(os.fspath(path))) as image:
             return image.convert("RGB")
+    except BrokenImage as error:  # of an archive
+        raise BrokenImage(f"{prefix}{error}", everywhere=False) from None
     except FileNotFoundError:
         raise BrokenImage(f"{prefix}image {path} is missing", everywhere=False) from None
     except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
         raise BrokenImage(f"{prefix}image {path} is broken or truncated ({error})", everywhere=False) from None
 
 
+# Under which a picture may lie whose record says ".jpg": LLaVA's script for OCR-VQA keeps what the server sends.
+OTHER_ENDINGS = (".jpg", ".png", ".gif", ".jpeg", ".webp")
+
+
+def _source(path: str) -> str | io.BytesIO:
+    """What Pillow opens for a path: the file, one that differs in its ending, or bytes of an archive."""
+    if found := archive_of(path):
+        archive, name = found
+        return io.BytesIO(archive.read(name))
+    if not os.path.exists(path):
+        stem = os.path.splitext(path)[0]
+        return next((other for ending in OTHER_ENDINGS if os.path.exists(other := stem + ending)), path)
+    return path
+
+
+def picture_hash(path: str) -> str:
+    """Hex SHA-256 of a picture's file, or of its bytes in an archive."""
+    source = _source(path)
+    return sha256(source) if isinstance(source, str) else hashlib.sha256(source.getvalue()).hexdigest()
+
+
 def missing_files(paths: Iterable[str]) -> set[str]:
-    """Which of ``paths`` do not exist. Every folder is listed once: half a million files cost seconds, also on NFS."""
+    """Which of ``paths`` lead to no picture. Every folder is listed once: half a million files cost seconds, also on
+    NFS. A file of the same name with another ending of a picture counts.
+    """
     by_folder: dict[str, set[str]] = defaultdict(set)
+    in_archives: dict[ZipPictures, list[str]] = defaultdict(list)
+    missing: set[str] = set()
     for path in paths:
+        if ".zip" in path and (found := archive_of(path)):
+            in_archives[found[0]].append(found[1])
+            continue
         folder, name = os.path.split(path)
         by_folder[folder].add(name)
-    missing: set[str] = set()
+    for archive, names in in_archives.items():
+        missing |= {os.path.join(archive.path, name) for name in archive.missing(names)}
     for folder, names in by_folder.items():
         place = folder or "."
         present = set(os.listdir(place)) if os.path.isdir(place) else set()
-        missing |= {os.path.join(folder, name) for name in names - present}
+        missing |= {
+            os.path.join(folder, name)
+            for name in names - present
+            if not any(os.path.splitext(name)[0] + ending in present for ending in OTHER_ENDINGS)
+        }
     return missing
 
 
@@ -149,4 +190,16 @@ class ImageLoader:
 
 def join(folder: str | os.PathLike[str] | None, name: str) -> str:
     """Path of ``name`` under ``folder``, as text."""
+    if folder and name and not _UNUSUAL.search(name):  # half a million of them, without pathlib's objects
+        return os.path.join(_expanded(os.fspath(folder)), name)
     return str((Path(folder or "") / name).expanduser())
+
+
+# What pathlib would write otherwise: "/a", "~a", "./a", "a//b", "a/./b", "a/".
+_UNUSUAL = re.compile(r"\A[/~]|(?:\A|/)\.?(?:/|\Z)")
+
+
+@functools.lru_cache(maxsize=64)
+def _expanded(folder: str) -> str:
+    expanded = str(Path(folder).expanduser())
+    return "" if expanded == "." else expanded

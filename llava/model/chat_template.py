@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import Conversation, SeparatorStyle
+from llava.conversation import Conversation, SeparatorStyle, template_of
 from llava.errors import UserError
+
+# What a chat template has in it -> the template that says the same.
+BY_LOOK = {"<|im_start|>": "qwen", "[INST]": "llama_2"}
 
 
 class _Layout(NamedTuple):
@@ -40,6 +43,19 @@ def _layout(conversation: Conversation, name: str) -> _Layout:
         user, answer = (f"{sep}[INST] ", " [/INST]"), (" ", f" {conversation.sep2}")
         return _Layout(opening, (before, behind), "", user, answer, "", "")
     raise UserError(f"--conv-mode {name}: has no turns, so that no chat template can say it; pass llava_v1 or qwen")
+
+
+def usual_template(tokenizer: Any, config: Any) -> str:
+    """Name of the conversation template of a model: what it was taught here, else what its tokenizer's chat template
+    looks like, else what is usual for its kind (``template_of``).
+    """
+    own = getattr(tokenizer, "chat_template", None)
+    taught = config.get("mm_conv_mode")
+    if taught is None and isinstance(own, str):
+        for mark, name in BY_LOOK.items():
+            if mark in own:
+                return name
+    return template_of(config)
 
 
 def turn_opening(conversation: Conversation) -> str:

@@ -128,7 +128,7 @@ def read_source(chain: Chain, out: Path) -> Source:
         named = _named_tower(config["mm_vision_tower"], chain)
         outside = named is not None and _is_in(named, state)
     if named is not None:
-        config["mm_vision_tower"] = _lasting_name(config["mm_vision_tower"], named, out)
+        config["mm_vision_tower"] = lasting_name(config["mm_vision_tower"], named, out)
     config, state = settle_head(config, state)
     rope = config.pop("rope_parameters", None)  # transformers 5's, which 4 does not know
     return Source(
@@ -148,7 +148,7 @@ def _usual_tower(config: dict[str, Any]) -> str | None:
     return CLIP_L_336 if all(shape.get(key) == value for key, value in CLIP_L_336_SHAPE.items()) else None
 
 
-def _lasting_name(name: str, tower: Path, out: Path) -> str:
+def lasting_name(name: str, tower: Path, out: Path) -> str:
     """``mm_vision_tower`` as it leads to the folder ``tower`` from ``out`` too, wherever that is read."""
     if tower.parent.name == "snapshots":  # the name is a hub id
         return name
@@ -362,13 +362,18 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UserError("--max_shard_size: an adapter is written in one file; leave it out")
     if args.conv_mode:
         chat_template(template(args.conv_mode, "--conv-mode"), args.conv_mode)
+    check_shard_size(args.max_shard_size)
+
+
+def check_shard_size(given: str | None) -> None:
+    """Raise ``UserError`` for a ``--max_shard_size`` that is no size."""
     try:
-        split_torch_state_dict_into_shards({}, max_shard_size=args.max_shard_size or SHARD)
-        positive = args.max_shard_size is None or float(args.max_shard_size.strip()[:-2]) > 0
+        split_torch_state_dict_into_shards({}, max_shard_size=given or SHARD)
+        positive = given is None or float(given.strip()[:-2]) > 0
     except ValueError:
         positive = False
     if not positive:
-        raise UserError(f"--max_shard_size {args.max_shard_size}: expected a size such as 5GB or 500MB")
+        raise UserError(f"--max_shard_size {given}: expected a size such as 5GB or 500MB")
 
 
 def _below(chain: Chain) -> str:
@@ -392,7 +397,7 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Ctrl-C and SIGTERM end in one line and leave nothing half-written."""
     before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -408,7 +413,7 @@ def main() -> None:
     _check_flags(args)
     out = free_folder(args.out)
     quiet()
-    with _interruptible():
+    with interruptible():
         export(args, out)
 
 

@@ -37,8 +37,12 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "LLaVA checkpoint, or an LLM to build one on"}
     )
-    version: str = field(
-        default="v1", metadata={"help": "conversation template: v0, v1, llava_v1, plain, llama_2, mpt, qwen"}
+    version: str | None = field(
+        default=None,
+        metadata={
+            "help": "conversation template: v0, v1, llava_v1, plain, llama_2, mpt, qwen (default: the one that the "
+            "model was taught, else qwen where its tokenizer speaks ChatML, else v1)"
+        },
     )
     vision_tower: str | None = field(default=None, metadata={"help": "CLIP folder or hub id"})
     mm_projector_type: str | None = field(default=None, metadata={"help": "linear | mlp<N>x_gelu | identity"})
@@ -77,7 +81,8 @@ class ModelArguments:
             raise UserError(
                 "--model_name_or_path is missing: pass a LLaVA checkpoint, or a language model with --vision_tower"
             )
-        template(self.version)
+        if self.version is not None:
+            template(self.version)
         attention = self.attn_implementation
         if attention not in (None, "sdpa", "eager", "flash_attention_2"):
             raise UserError(f"--attn_implementation {attention}: expected sdpa, eager or flash_attention_2")
@@ -115,14 +120,35 @@ class ImageArguments:
 class CaptionArguments(ImageArguments):
     """Data of train_pretrain.py."""
 
-    data_path: str | None = field(default=None, metadata={"help": "LLaVA conversation JSON"})
+    data_path: str | None = field(
+        default=None, metadata={"help": "LLaVA conversation JSON, or a downloaded data set's folder with it"}
+    )
     eval_data_path: str | None = field(default=None, metadata={"help": "the same, held out"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.data_path and Path(self.data_path).expanduser().is_dir():
+            self._settle_folder(Path(self.data_path).expanduser())
         existing(self.data_path, "--data_path")
         if self.eval_data_path:
             existing(self.eval_data_path, "--eval_data_path")
+
+    def _settle_folder(self, folder: Path) -> None:
+        """``--data_path FOLDER``: its file of records, and its pictures where ``--image_folder`` names none."""
+        files = sorted(file.name for file in folder.glob("*.json*") if not file.stem.endswith(("meta", "metadata")))
+        if "chat.json" in files:
+            files = ["chat.json"]
+        if len(files) != 1:
+            found = ", ".join(files) or "no .json"
+            expected = "expected a file, or a folder with chat.json or one .json"
+            raise UserError(f"--data_path {folder}: {expected}; found {found}")
+        self.data_path = str(folder / files[0])
+        taken = self.data_path
+        if self.image_folder is None:
+            places = [folder / name for name in ("images_dl", "images", "images.zip")]
+            self.image_folder = str(next((place for place in places if place.exists()), folder))
+            taken += f", and its pictures from {self.image_folder}"
+        note(f"--data_path {folder}: a folder; {taken} is read")
 
 
 @dataclass
@@ -205,6 +231,10 @@ class LlavaTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "only False: a loss or gradient that is not finite ends the run"}
     )
+    caption_steps: int = field(
+        default=0, metadata={"help": "steps between looks at what the model says of a few pictures; 0: none"}
+    )
+    caption_images: int = field(default=4, metadata={"help": "how many pictures these are"})
     mpt_attn_impl: str | None = field(default="triton", metadata={"help": "belongs to MPT, which is not supported"})
 
     evaluation_strategy: str | None = field(default=None, metadata={"help": "older name of --eval_strategy"})
@@ -331,6 +361,9 @@ class PretrainTrainingArguments(LlavaTrainingArguments):
     train_type: str | None = field(
         default=None,
         metadata={"help": "projector | use_lora | none (everything) | freeze_vision (all but the tower)"},
+    )
+    caption_steps: int = field(
+        default=500, metadata={"help": "steps between looks at what the model says of a few pictures; 0: none"}
     )
 
     def __post_init__(self) -> None:
@@ -500,6 +533,8 @@ AT_LEAST = {
     "weight_decay": 0,
     "seed": 0,
     "dataloader_num_workers": 0,
+    "caption_steps": 0,
+    "caption_images": 1,
 }
 
 # With --hadpo_compat: flags that do nothing in HA-DPO, with their values there and what happens instead.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from llava.conversation import template
+from llava.conversation import SeparatorStyle, template, template_of
 from llava.data.collate import Collator, PackingCollator
 from llava.data.examples import ExampleBuilder
 from llava.data.images import ImageLoader
@@ -26,6 +26,7 @@ from llava.model.builder import (
     model_settings,
     tower_shape,
 )
+from llava.model.chat_template import usual_template
 from llava.model.checkpoint import read_connector
 from llava.model.decoder import why_not
 from llava.model.delta import Chain, Stage, Standing, lay_over, read_chain, saves_delta, with_adapter
@@ -203,6 +204,7 @@ def plan_model(model_args: Any, data_args: Any, train_args: Any, parts: set[str]
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    _settle_template(model_args, config, tokenizer)
     # Weights that do not train may be as coarse as the arithmetic; DeepSpeed keeps float32 masters of its own.
     coarse = "backbone" not in parts or train_args.deepspeed
     plan = ModelPlan(
@@ -232,6 +234,17 @@ def plan_model(model_args: Any, data_args: Any, train_args: Any, parts: set[str]
             "python -m llava.model.export"
         )
     return plan
+
+
+def _settle_template(model_args: Any, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Choose ``--version`` where it is not given, and enter it into ``config`` where nothing else would tell."""
+    if model_args.version is None:
+        model_args.version = usual_template(tokenizer, config)
+        note(f"--version is not given: the conversations are those of {model_args.version}")
+    taught = template(model_args.version)
+    # "plain" is a caption behind a picture: it teaches no way to talk.
+    if taught.sep_style is not SeparatorStyle.PLAIN and taught != template(template_of(config)):
+        config["mm_conv_mode"] = model_args.version
 
 
 def _quantization(train_args: Any, parts: set[str]) -> Quantization | None:
@@ -386,8 +399,9 @@ def collator(plan: ModelPlan, builder: ExampleBuilder, train_args: Any) -> Colla
     return Collator(*settings)
 
 
-def check_resumed(checkpoint: str | None, arguments: dict[str, Any]) -> None:
-    """A run is gone on with only with the arguments it was started with.
+def check_resumed(checkpoint: str | None, arguments: dict[str, Any], model_args: Any) -> None:
+    """A run is gone on with only with the arguments it was started with; its ``--version``, which may have been chosen
+    for it, is taken over.
 
     Raises:
         UserError: they differ; those that do are named.
@@ -396,6 +410,8 @@ def check_resumed(checkpoint: str | None, arguments: dict[str, Any]) -> None:
     if card is None or not card.is_file():
         return
     before = {**BEFORE_THE_FLAG, **read_object(card).get("arguments", {})}
+    if model_args.version is None:
+        model_args.version = arguments["version"] = before.get("version")
     free = FREE_ON_RESUME | _settle_processes(checkpoint, before, arguments)
     differing = [
         f"{key} {before[key]!r} -> {value!r}"
@@ -472,4 +488,6 @@ FREE_ON_RESUME = {
     "cache_hidden",
     "reference_cache",
     "feature_cache",
+    "caption_steps",
+    "caption_images",
 }

@@ -25,8 +25,9 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from llava import interruption
+from llava.data.images import picture_hash
 from llava.errors import BrokenImage, UserError, warn
-from llava.files import publish, sha256
+from llava.files import publish
 from llava.model.checkpoint import content_hash, has_tower, weight_files
 from llava.train.guards import deaf_worker
 from llava.train.reference import FirstPolicy, Reference
@@ -221,7 +222,7 @@ def fill_features(
     datasets = datasets_of(trainer)
     files: dict[str, Path] = {}
     if accelerator.is_main_process:
-        files = feature_files(folder, hashes or {path: sha256(path) for path in distinct_pictures(datasets)})
+        files = feature_files(folder, hashes or {path: picture_hash(path) for path in distinct_pictures(datasets)})
     files = rank_0s(files)
     missing = rank_0s([path for path, file in files.items() if not file.exists()])  # before anyone writes
     loader = datasets[0].builder.load_image

@@ -10,15 +10,11 @@ import torch
 from torch import nn
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.data.collate import Example, PreferenceExample
-from llava.data.images import ImageLoader
-from llava.data.packing import pack_prompts
 from llava.errors import warn
 from llava.model.checkpoint import gathered
 from llava.model.decoder import why_not
 from llava.model.generation import Rules, grow_answers
-from llava.model.llava_arch import Pictures
+from llava.train.prompts import learner, pixel_loader, prompt_of, stream_of
 from llava.train.reference import SharedReference, carried_over
 from llava.train.saving import bare_model
 
@@ -70,6 +66,7 @@ def measure(trainer: Any, start: SharedReference) -> Effect:
     model, bare = trainer.model_wrapped, bare_model(trainer.accelerator.unwrap_model(trainer.model))
     training = model.training
     model.eval()
+    loader = pixel_loader(dataset)
     sums = torch.zeros(4, dtype=torch.float64)
     answers = changed = 0
     end = trainer.tokenizer.eos_token_id
@@ -79,7 +76,9 @@ def measure(trainer: Any, start: SharedReference) -> Effect:
         for part in _parts(examples):
             sums += _distances(trainer, model, bare, start, part)
             if why_not(bare.config) is None:
-                questions = _questions(trainer, bare, dataset.builder.load_image, [_prompt(each) for each in part])
+                *questions, _ = stream_of(
+                    bare, loader, [prompt_of(learner(each)) for each in part], trainer.args.device
+                )
                 now = grow_answers(bare, *questions, rules)[0]
                 with start.forward_of(model):
                     before = grow_answers(bare, *questions, rules)[0]
@@ -110,40 +109,6 @@ def _distances(trainer: Any, model: nn.Module, bare: Any, start: SharedReference
         terms = (now.float() - then.float(), then.float(), z - z_0, z_0)
         sums += torch.stack([x.square().sum().double().cpu() for x in terms])
     return sums
-
-
-def _prompt(example: Example | PreferenceExample) -> tuple[list[int], tuple[str, ...]]:
-    """Ids up to the first answer, and the paths of the pictures in them."""
-    row = example.chosen if isinstance(example, PreferenceExample) else example
-    first = next((i for i, label in enumerate(row.labels) if label != IGNORE_INDEX), len(row.labels))
-    ids = row.input_ids[:first]
-    return ids, row.image_paths[: ids.count(IMAGE_TOKEN_INDEX)]
-
-
-def _questions(
-    trainer: Any, bare: Any, loader: ImageLoader, prompts: Sequence[tuple[list[int], tuple[str, ...]]]
-) -> tuple[dict[str, Any], Pictures]:
-    """The prompts as a stream that waits for answers, those about one picture together, and their pictures."""
-    loader = ImageLoader(loader.image_processor, loader.image_aspect_ratio)  # pixels, whatever the training is given
-    paths = list(dict.fromkeys(path for _, own in prompts for path in own))
-    device = trainer.args.device
-    pixels = torch.stack([loader(path, "") for path in paths] or [loader.blank()]).to(device)
-    pictures = bare.look(pixels, loader.levels().to(device))
-    rows = []
-    for ids, own in prompts:
-        shown = iter(own)
-        rows.append([(i, paths.index(next(shown))) if i == IMAGE_TOKEN_INDEX else i for i in ids])
-    stream = pack_prompts(
-        sorted(rows, key=_beginning), pictures.features.shape[1], bare.config.tokenizer_model_max_length
-    )
-    stream = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in stream.items()}
-    return stream, pictures
-
-
-def _beginning(row: list[Any]) -> list[tuple[Any, ...]]:
-    """What tells trees apart, as something that can be sorted: the row up to its first picture."""
-    first = next((at for at, symbol in enumerate(row) if isinstance(symbol, tuple)), len(row))
-    return [symbol if isinstance(symbol, tuple) else (0, symbol) for symbol in row[: first + 1]]
 
 
 def _gate(block: nn.Module) -> float | None:

@@ -31,6 +31,15 @@ class EventFile:
         """A text."""
         self._add(_event(tag, text, step, time.time()))
 
+    def add_image(self, tag: str, encoded: bytes, size: tuple[int, int], step: int) -> None:
+        """A picture: a PNG's or JPEG's bytes, width and height in pixels."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        image = Summary.Image(width=size[0], height=size[1], colorspace=3, encoded_image_string=encoded)
+        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+        self._add(Event(wall_time=time.time(), step=step, summary=summary))
+
     def flush(self) -> None:
         """Append what was added. The file is not kept open: there is nothing to lose in between."""
         if not self.path.exists():

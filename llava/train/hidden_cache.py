@@ -28,8 +28,9 @@ import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from llava.data.images import picture_hash
 from llava.errors import UserError
-from llava.files import read_object, sha256, whole_lines, write_json
+from llava.files import read_object, whole_lines, write_json
 from llava.interruption import Stopped
 from llava.model.builder import model_settings
 from llava.model.checkpoint import content_hash
@@ -265,7 +266,8 @@ def fill_hidden(trainer: Any, cache: HiddenCache) -> Filled:
     kind = kind_for(model, trainer.parts)
     datasets = datasets_of(trainer)
     folder = cache.folder / kind.name
-    hashes = dict(_shared(distinct_pictures(datasets), lambda path: (path, sha256(path)), "pictures", accelerator))
+    pictures = distinct_pictures(datasets)
+    hashes = dict(_shared(pictures, lambda path: (path, picture_hash(path)), "pictures", accelerator))
     keys = [
         _shared(range(len(d)), lambda number, d=d: record_keys([d.outline(number)], hashes)[0], "records", accelerator)
         for d in datasets

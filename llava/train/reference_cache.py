@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from llava.data.collate import Example, PreferenceExample
+from llava.data.images import picture_hash
 from llava.errors import UserError
-from llava.files import atomic_write, sha256
+from llava.files import atomic_write
 from llava.model.checkpoint import content_hash
 
 # What of a model's configuration decides its log-probabilities, besides its weights.
@@ -153,7 +154,7 @@ def record_keys(outlines: Iterable[Example | PreferenceExample], pictures: dict[
         content: list[Any] = [(row.input_ids, row.labels) for row in rows]
         for path in rows[0].image_paths:
             if path not in pictures:
-                pictures[path] = sha256(path)
+                pictures[path] = picture_hash(path)
             content.append(pictures[path])
         keys.append(hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32])
     return keys

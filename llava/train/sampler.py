@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -22,7 +23,7 @@ class ModalityLengthSampler(Sampler[int]):
     both kinds forms the last one. Each epoch (``epoch()`` counts from 0) has an order of its own.
     """
 
-    def __init__(self, lengths: list[int], megabatch: int, seed: int, epoch: Callable[[], int]) -> None:
+    def __init__(self, lengths: Sequence[int], megabatch: int, seed: int, epoch: Callable[[], int]) -> None:
         self.lengths = lengths
         self.megabatch = megabatch
         self.seed = seed
@@ -33,20 +34,20 @@ class ModalityLengthSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         draw = torch.Generator().manual_seed(self.seed + self.epoch())
-        full: list[list[int]] = []
-        left: list[int] = []
-        for kind in (True, False):
-            members = [i for i, length in enumerate(self.lengths) if (length > 0) is kind]
-            members = [members[i] for i in torch.randperm(len(members), generator=draw).tolist()]
+        lengths = np.asarray(self.lengths)
+        sizes, pictured = np.abs(lengths), lengths > 0
+        full, left = [], []
+        for kind in (pictured, ~pictured):
+            members = np.flatnonzero(kind)
+            members = members[torch.randperm(len(members), generator=draw).numpy()]
             cut = len(members) - len(members) % self.megabatch
-            full += [self._sorted(members[i : i + self.megabatch]) for i in range(0, cut, self.megabatch)]
-            left += members[cut:]
-        for i in torch.randperm(len(full), generator=draw).tolist():
-            yield from full[i]
-        yield from self._sorted(left)
-
-    def _sorted(self, indices: list[int]) -> list[int]:
-        return sorted(indices, key=lambda i: abs(self.lengths[i]), reverse=True)
+            full.append(members[:cut].reshape(-1, self.megabatch))
+            left.append(members[cut:])
+        rows = np.concatenate(full)
+        rows = np.take_along_axis(rows, np.argsort(-sizes[rows], axis=1, kind="stable"), axis=1)
+        yield from rows[torch.randperm(len(rows), generator=draw).numpy()].ravel().tolist()
+        last = np.concatenate(left)
+        yield from last[np.argsort(-sizes[last], kind="stable")].tolist()
 
 
 class ImageSampler(Sampler[int]):

@@ -236,8 +236,13 @@ def table(model: nn.Module, train_args: Any) -> str:
     lines = ["| part | parameters | trained | learning rate |", "|---|---:|---:|---:|"]
     for part in PARTS:
         if total[part]:
-            rate = " (gate ".join(f"{value:g}" for value in sorted(rates[part])) or "-"
+            rate = " (gate ".join(f"{value:g}" for value in sorted(rates[part])) or "frozen"
             rate += ")" if "(" in rate else ""
             lines.append(f"| {part} | {total[part]:,} | {trained[part]:,} | {rate} |")
     lines.append(f"| all | {sum(total.values()):,} | {sum(trained.values()):,} | |")
+    for settings in getattr(model, "peft_config", {}).values():
+        r, alpha = settings.r, settings.lora_alpha
+        named = settings.target_modules
+        leaves = ", ".join(sorted({name.split(".")[-1] for name in ([named] if isinstance(named, str) else named)}))
+        lines.append(f"\nLoRA: r {r}, alpha {alpha:g}, scale {alpha / r:g}, on the decoder's {leaves}")
     return "\n".join(lines)

@@ -45,8 +45,9 @@ from llava.train.reference import Reference, SharedReference, carried_over
 from llava.train.reference_cache import ReferenceCache
 from llava.train.sampler import ImageSampler, ModalityLengthSampler, UpstreamSampler, samples_of_whole_steps
 from llava.train.saving import load_trained, save_checkpoint
-from llava.train.trainable import rate_of
-from llava.train.watching import Progress, TensorBoardOfAllParts
+from llava.train.shown_captions import ShownCaptions
+from llava.train.trainable import part_of, rate_of
+from llava.train.watching import Meter, Progress, TensorBoardOfAllParts, tokens_in
 
 # Of a batch (``llava.data.collate``): what no forward takes, and what has a line a row.
 NOT_FOR_THE_MODEL = ("records", "reference_logps", "reference_rows", "aux_rows")
@@ -87,6 +88,8 @@ class LlavaTrainer(Trainer):
             self.remove_callback(progress)
         self._stop = StopWhenAsked()
         self._finite = Finite(train_dataset, args)
+        self.meter = Meter(args.device)
+        self.rate_groups: dict[str, int] = {}
         self.add_callback(self._stop)
         if feature_folder is not None:
             self.add_callback(FillCaches(lambda: fill_features(self, feature_folder)))
@@ -103,6 +106,8 @@ class LlavaTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self._finite.saw(inputs.get("records"))
+        builder = self.train_dataset.builder
+        self.meter.saw(tokens_in(inputs, builder.tokens_per_image, builder.max_length))
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _check_loss(self, loss: torch.Tensor) -> None:
@@ -138,7 +143,13 @@ class LlavaTrainer(Trainer):
             groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    groups[rate_of(name, self.args), name in decaying].append(parameter)
+                    group = rate_of(name, self.args), name in decaying
+                    groups[group].append(parameter)
+                    part = part_of(name)
+                    part += "_gate" if part == "post_block" and name.endswith("gate") else ""
+                    self.rate_groups.setdefault(part, list(groups).index(group))
+            if len({rate for rate, _ in groups}) == 1:
+                self.rate_groups = {}  # the one that is logged anyway is everybody's
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = kind(
                 [
@@ -168,6 +179,14 @@ class LlavaTrainer(Trainer):
         # The loader's own count of epochs does not reach a sampler when a run is resumed; the state's is always right.
         return seed, lambda: int(self.state.epoch or 0)
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """With the rate of every part, where parts have rates of their own; every rank calls it."""
+        if "loss" in logs:
+            groups = self.optimizer.param_groups
+            logs.update({f"learning_rate/{part}": float(groups[at]["lr"]) for part, at in self.rate_groups.items()})
+            self.meter.meet(self.accelerator)
+        super().log(logs, start_time)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Every checkpoint, also one in the middle, loads by itself."""
         model = self.accelerator.unwrap_model(self.model)
@@ -184,9 +203,13 @@ class LlavaTrainer(Trainer):
             LostRank: another rank has ended.
         """
         self.run_name = card.content["run"]
-        self.add_callback(Progress(status.unit, status))
+        progress, board = Progress(status.unit, status, self.meter), None
+        self.add_callback(progress)
         if self.pop_callback(TensorBoardCallback) is not None:
-            self.add_callback(TensorBoardOfAllParts(card.goes_on))
+            board = TensorBoardOfAllParts(card.goes_on, progress)
+            self.add_callback(board)
+        if self.args.caption_steps:
+            self.add_callback(ShownCaptions(self, progress, board))
         self.args.eval_on_start = self.args.eval_on_start and checkpoint is None
         if self.args.should_save:
             sweep(Path(self.args.output_dir))
