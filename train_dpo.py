@@ -59,7 +59,8 @@ def main() -> None:
     if train_args.upstream_order:
         samples_of_whole_steps(len(pairs), train_args)  # batches left over are refused here
     if first:
-        print(f"{len(pairs)} pairs, {len(held_out or ())} held out, {len(pairs.aux or ())} records for --aux_data")
+        counts = f"{len(pairs)} pairs, {len(held_out or ())} held out, {len(pairs.aux or ())} records for --aux_data"
+        print(f"{counts}, in template {model_args.version}")
     card = RunCard(train_args.output_dir, arguments, data_args.files, train_args.seed)
 
     say_device(read_world(), train_args.device.type == "cuda")

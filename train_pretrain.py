@@ -58,7 +58,8 @@ def main() -> None:
         for data in (captions, held_out):
             if isinstance(data, Mixture):
                 print(data.table())
-        print(f"{len(captions)} records" + (f", {len(held_out)} held out" if held_out else ""))
+        count = f"{len(captions)} records" + (f", {len(held_out)} held out" if held_out else "")
+        print(f"{count}, in template {model_args.version}")
     files = [*captions.files, *(held_out.files if held_out else ())]
     card = RunCard(train_args.output_dir, arguments, files, train_args.seed)
 

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -37,6 +38,12 @@ BETA = 0.1
 LEARNING_RATE = 1e-5
 LORA_R = 16
 LORA_ALPHA = 32
+
+
+class Drawn(list):
+    """Stands in for a data set where batches are drawn; a stream's tokens are counted without a builder's figures."""
+
+    builder = SimpleNamespace(tokens_per_image=None, max_length=None)
 
 
 class TrainerStep:
@@ -167,7 +174,7 @@ def _our_trainer(
     model: nn.Module,
     part: str,
     flags: dict[str, Any] | None = None,
-    train_dataset: Any = (0,),
+    train_dataset: Any = None,
     collator: Any = None,
     **kwargs: Any,
 ) -> Any:
@@ -184,7 +191,7 @@ def _our_trainer(
         model=model,
         args=args,
         parts={part},
-        train_dataset=train_dataset,
+        train_dataset=Drawn([0]) if train_dataset is None else train_dataset,
         eval_dataset=None,
         collator=collator,
         tokenizer=None,

@@ -240,7 +240,6 @@ def _settle_template(model_args: Any, config: dict[str, Any], tokenizer: PreTrai
     """Choose ``--version`` where it is not given, and enter it into ``config`` where nothing else would tell."""
     if model_args.version is None:
         model_args.version = usual_template(tokenizer, config)
-        note(f"--version is not given: the conversations are those of {model_args.version}")
     taught = template(model_args.version)
     # "plain" is a caption behind a picture: it teaches no way to talk.
     if taught.sep_style is not SeparatorStyle.PLAIN and taught != template(template_of(config)):

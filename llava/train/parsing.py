@@ -82,9 +82,6 @@ def _settle_idle(parsed: list[Any], given: set[str]) -> None:
     trains_lora = "lora" in (values["tune"] or "").replace(" ", "").split(",") or values.get("train_type") == "use_lora"
     if not (values["lora_enable"] or trains_lora):
         idle |= dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout"), "--lora_enable is False")
-    elif "lora_alpha" not in given and values["lora_weight_path"] is None:
-        scale = values["lora_alpha"] / values["lora_r"]
-        note(f"--lora_alpha is not given: it is {values['lora_alpha']}, and the LoRA's scale, alpha / r, {scale:g}")
     if values["bits"] != 4:
         idle |= dict.fromkeys(("double_quant", "quant_type"), f"--bits is {values['bits']}")
     if not values.get("aux_data"):
