@@ -1,4 +1,4 @@
-"""Questions about pictures -> answers, greedily, one model.
+"""Questions about pictures -> answers of one model, greedy or sampled.
 
 Questions about a picture are asked together: the picture is encoded once, what precedes the questions runs once, and
 all of them are answered side by side (``llava.model.generation``). Models that cannot do so are asked by separate rows.
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
@@ -19,7 +19,7 @@ from llava.data.packing import pack_prompts
 from llava.data.supervision import wrap_image_tokens
 from llava.errors import UserError
 from llava.mm_utils import preprocess_image, tokenizer_image_token
-from llava.model.generation import Rules, grow_answers, merged_config, rules
+from llava.model.generation import Draw, Rules, Sampling, grow_answers, merged_config, rules
 
 # At a time, at most: a CPU's products are near their best from some 40 rows on, any card is filled by 10,000 tokens.
 PICTURES_ON_CPU, PICTURES_ON_CUDA = 8, 16
@@ -43,8 +43,9 @@ class Said(NamedTuple):
 
 
 class Answerer:
-    """Greedy answers in a conversation template, as HA-DPO's ``pope_eval.py`` asks: picture first, question, suffix.
+    """Answers in a conversation template, as HA-DPO's ``pope_eval.py`` asks: picture first, question, suffix.
 
+    Greedy ones, or drawn as ``sampling`` says, or the likeliest of ``num_beams`` beams.
     ``rows_because`` says why questions are asked by separate rows, where they have to be.
 
     Raises:
@@ -60,7 +61,10 @@ class Answerer:
         max_new_tokens: int = 512,
         suffix: str = "",
         scores: bool = False,
+        sampling: Sampling | None = None,
+        num_beams: int = 1,
     ) -> None:
+        self.sampling = sampling
         self.model = model
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -79,7 +83,8 @@ class Answerer:
             self.stop_text = stop
         pad = tokenizer.pad_token_id
         self.settings = GenerationConfig(
-            do_sample=False,
+            do_sample=False,  # what is drawn is drawn by ``Draw``
+            num_beams=num_beams,
             max_new_tokens=max_new_tokens,
             eos_token_id=sorted(set(ends)) or None,
             pad_token_id=ends[0] if pad is None and ends else pad,
@@ -113,38 +118,58 @@ class Answerer:
         pixels = torch.stack([self.prepare(path, wheres[path]) for path in paths])
         return [said.text for said in self._rows(pixels, [(paths.index(q.image), q.text) for q in questions])]
 
-    def ask(self, pixels: torch.Tensor, questions: Sequence[tuple[int, str]], batch_size: int) -> list[Said]:
+    def ask(
+        self,
+        pixels: torch.Tensor,
+        questions: Sequence[tuple[int, str]],
+        batch_size: int,
+        seeds: Sequence[int] | None = None,
+    ) -> list[Said]:
         """Answers about pictures (N, 3, H, W): of every question its picture's number, in order, and its text.
 
         They are asked together; where that cannot be, or with ``batch_size`` 1, by so many separate rows at a time.
+        Of answers that are sampled, each is drawn by its own of the ``seeds``.
         """
         if self.rules is not None and batch_size > 1:
-            return self._trees(pixels, questions)
+            return self._trees(pixels, questions, seeds)
         if merged_config(self.model, self.settings).repetition_penalty not in (None, 1.0):
             batch_size = 1  # transformers counts the padding of a longer batch among a row's new tokens
-        parts = [questions[start : start + batch_size] for start in range(0, len(questions), batch_size)]
-        return [said for part in parts for said in self._rows(pixels, part)]
+        parts = [slice(start, start + batch_size) for start in range(0, len(questions), batch_size)]
+        return [
+            said for part in parts for said in self._rows(pixels, questions[part], None if seeds is None else seeds[part])
+        ]
+
+    def _draw(self, seeds: Sequence[int] | None) -> Draw | None:
+        if self.sampling is None or seeds is None:
+            return None
+        return Draw(self.sampling, list(seeds), self.settings.max_new_tokens, self.model.device)
 
     @torch.inference_mode()
-    def _rows(self, pixels: torch.Tensor, questions: Sequence[tuple[int, str]]) -> list[Said]:
+    def _rows(
+        self, pixels: torch.Tensor, questions: Sequence[tuple[int, str]], seeds: Sequence[int] | None = None
+    ) -> list[Said]:
         """Through transformers' ``generate``, padded on the left."""
         rows = [torch.tensor(tokenizer_image_token(self.prompt(text), self.tokenizer)) for _, text in questions]
         lengths = torch.tensor([len(row) for row in rows])
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         shown = sorted({picture for picture, _ in questions})
         device = self.model.device
+        draw = self._draw(seeds)
         out = self.model.generate(
             ids.to(device),
             images=pixels[shown].to(device, self.model.dtype),
             image_index=torch.tensor([[shown.index(picture)] for picture, _ in questions]),
             attention_mask=(torch.arange(ids.shape[1]) < lengths[:, None]).to(device),
             generation_config=self.settings,
+            logits_processor=LogitsProcessorList([draw] if draw else []),
             tokenizer=self.tokenizer,
         )
         return self._said(out.sequences.tolist(), out.logits[0] if self.yes_no else None)
 
     @torch.inference_mode()
-    def _trees(self, pixels: torch.Tensor, questions: Sequence[tuple[int, str]]) -> list[Said]:
+    def _trees(
+        self, pixels: torch.Tensor, questions: Sequence[tuple[int, str]], seeds: Sequence[int] | None
+    ) -> list[Said]:
         """All at once."""
         device = self.model.device
         rows = []
@@ -157,7 +182,7 @@ class Answerer:
         max_length = getattr(self.model.config, "tokenizer_model_max_length", None)
         stream = pack_prompts(rows, shown.features.shape[1], max_length)
         stream = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in stream.items()}
-        new, first = grow_answers(self.model, stream, shown, self.rules)
+        new, first = grow_answers(self.model, stream, shown, self.rules, self._draw(seeds))
         return self._said(new, first if self.yes_no else None)
 
     def _said(self, new: list[list[int]], logits: torch.Tensor | None) -> list[Said]:

@@ -25,19 +25,23 @@ Row = dict[str, Any]
 
 
 class AnswerFile:
-    """One set's answers. Those made under another ``key`` (what they depend on) are not used, and not touched."""
+    """One set's answers. Those made under another ``key`` (what they depend on) are not used, and not touched.
 
-    def __init__(self, path: Path, key: dict[str, Any], rank: int = 0) -> None:
+    ``id_key`` is what tells the answers apart.
+    """
+
+    def __init__(self, path: Path, key: dict[str, Any], rank: int = 0, id_key: str = "question_id") -> None:
         self.path = path
+        self.id_key = id_key
         self.key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         self.made = path.with_name(f"{path.stem}.made.json")
         self._parts_begin = f"{path.stem}.{self.key[:12]}.part"
         self.part = path.with_name(f"{self._parts_begin}{rank}.jsonl")
 
-    def answered(self) -> dict[int, Row]:
-        """The answers that are there, of all ranks and earlier runs, by question id."""
+    def answered(self) -> dict[Any, Row]:
+        """The answers that are there, of all ranks and earlier runs, by id."""
         files = [*self._parts(), *([self.path] if self._is_whole() else [])]
-        return {row["question_id"]: row for file in files for row in whole_lines(file)}
+        return {row[self.id_key]: row for file in files for row in whole_lines(file)}
 
     def begin(self) -> None:
         """Make this rank's part ready to grow; all ranks have read what is there."""
@@ -53,7 +57,7 @@ class AnswerFile:
         with _writing(self.part), self.part.open("a", encoding="utf-8") as file:
             file.write("".join(map(_line, rows)))
 
-    def finish(self, order: Iterable[int]) -> list[Row]:
+    def finish(self, order: Iterable[Any]) -> list[Row]:
         """Write the answers to the questions ``order``, of all ranks, and remove the parts; for one rank to call.
 
         A run that is killed in here finds every answer again: the parts go last, and ``made`` is there before the file

@@ -1,4 +1,4 @@
-"""Many greedy answers at a time, grown on trees: what questions share (the picture above all) is computed once.
+"""Many answers at a time, grown on trees: what questions share (the picture above all) is computed once.
 
     stream of trees (``llava.data.packing``) -> prefill -> first tokens -> step -> second tokens -> step -> ...
 
@@ -11,17 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation import (
     GenerationMode,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 from llava.model.decoder import Attention, attend, decoder_layer, layers_of, rope_at, run_layers, sees, why_not
@@ -43,6 +52,48 @@ class Rules:
     ends: list[int]
     processors: LogitsProcessorList
     stops: StoppingCriteriaList
+
+
+class Sampling(NamedTuple):
+    """What is drawn from: the softmax of scores / ``temperature``, of the ``top_k`` likeliest tokens (0: of all), and of
+    these the likeliest that have the share ``top_p`` together (Holtzman et al. 2020)."""
+
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 50  # transformers' default, which LLaVA's programs leave as it is
+
+    def warpers(self) -> LogitsProcessorList:
+        """transformers' own, in its order."""
+        kept = [TemperatureLogitsWarper(self.temperature)]
+        kept += [TopKLogitsWarper(self.top_k)] if self.top_k else []
+        kept += [TopPLogitsWarper(self.top_p)] if self.top_p < 1 else []
+        return LogitsProcessorList(kept)
+
+
+class Draw(LogitsProcessor):
+    """Sampled tokens of S rows, each by numbers of its own seed: what a row gets does not depend on the rows beside it.
+
+    As a processor of transformers' ``generate``, which then chooses greedily, it leaves nothing but the drawn tokens.
+    """
+
+    def __init__(self, sampling: Sampling, seeds: list[int], most: int, device: torch.device) -> None:
+        self.warpers = sampling.warpers()
+        numbers = [torch.rand(most, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+        self.numbers = torch.stack(numbers).to(device)  # (S, most)
+        self.step = 0
+
+    def tokens(self, written: torch.Tensor, scores: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
+        """The token number ``step`` of ``rows`` (n,), from their scores (n, V): (n,)."""
+        shares = self.warpers(written, scores).double().softmax(-1).cumsum(-1)
+        at = self.numbers[rows, step, None] * shares[:, -1:]
+        return torch.searchsorted(shares, at, right=True).clamp(max=scores.shape[1] - 1)[:, 0]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Of all rows, step after step."""
+        rows = torch.arange(len(scores), device=scores.device)
+        drawn = self.tokens(input_ids, scores, rows, self.step)
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn[:, None], 0.0)
 
 
 def merged_config(model: Any, settings: GenerationConfig) -> GenerationConfig:
@@ -219,9 +270,12 @@ def look_back(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
 
 @torch.inference_mode()
 def grow_answers(
-    model: nn.Module, rows: dict[str, Any], pictures: Pictures, rules: Rules
+    model: nn.Module, rows: dict[str, Any], pictures: Pictures, rules: Rules, draw: Draw | None = None
 ) -> tuple[list[list[int]], torch.Tensor]:
-    """New ids of every question of a stream (see ``Generation``), and the logits (S, V) of their first tokens."""
+    """New ids of every question of a stream (see ``Generation``), and the logits (S, V) of their first tokens.
+
+    Of the likeliest tokens; where there is a ``draw``, of drawn ones.
+    """
     state = Generation(model, rows, pictures, rules.max_new_tokens)
     first = logits = state.logits
     asking = torch.arange(len(logits), device=logits.device)  # questions that go on
@@ -229,7 +283,8 @@ def grow_answers(
     ends = torch.tensor(rules.ends, dtype=torch.long, device=logits.device)
     answers: list[list[int]] = [[] for _ in asking]
     while len(asking):
-        tokens = rules.processors(written, logits).argmax(-1)
+        scores = rules.processors(written, logits)
+        tokens = scores.argmax(-1) if draw is None else draw.tokens(written, scores, asking, written.shape[1])
         written = torch.cat([written, tokens[:, None]], dim=1)
         done = torch.isin(tokens, ends)
         if rules.stops:
