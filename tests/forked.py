@@ -281,7 +281,7 @@ def _become(request: dict, rank: int, group: int) -> None:
         sys.orig_argv = [sys.executable, *sys.argv]
         _watch_files(request, rank, folder / f"{rank}.events")
         _count_calls(request, rank)
-        sys.modules[name].main()
+        importlib.import_module(name).main()
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

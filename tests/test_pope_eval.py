@@ -60,7 +60,7 @@ def counted(monkeypatch) -> dict[str, Any]:
         seen["encoded"] += len(images)
         return encode(self, images, *args)
 
-    def asking(self, pixels, questions, batch_size):
+    def asking(self, pixels, questions, batch_size, seeds):
         seen["groups"].append((len(pixels), len(questions)))
         if len(seen["groups"]) == seen.get("fails at"):
             raise KeyboardInterrupt
@@ -419,7 +419,7 @@ def test_first_tokens_where_nothing_stands_between(loaded):
 
 
 def test_pictures_are_grouped_whole_and_in_order():
-    from llava.eval.pope_run import Picture, in_groups
+    from llava.eval.asking import Picture, in_groups
 
     numbers = [6, 10, 12, 3, 2, 30, 1]
     pictures = [Picture(str(i), "", {f"{i} {n}": [] for n in range(count)}) for i, count in enumerate(numbers)]
@@ -619,17 +619,16 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
 
 
 def test_the_heartbeat_scales_rank_0s_share(tmp_path, monkeypatch):
+    from llava import status
     from llava.distributed import World
-    from llava.eval import pope_run
-    from llava.eval.pope_run import Picture, QuestionSet
+    from llava.eval.asking import Picture, Progress
 
-    monkeypatch.setattr(pope_run.status, "current", None)
-    heartbeat = pope_run.status.Status(tmp_path, "pope_eval.py", "questions", 2, writer=True)
+    monkeypatch.setattr(status, "current", None)
+    heartbeat = status.Status(tmp_path, "pope_eval.py", "questions", 2, writer=True)
     monkeypatch.setattr(heartbeat, "update", lambda **fields: heartbeat._content.update(fields))
     groups = [[Picture(str(g), "", {str(q): [("random", 10 * g + q)] for q in range(10)})] for g in range(5)]
-    everything = QuestionSet("random", tmp_path, dict.fromkeys(range(50)), {})
     done = {("random", number) for number in (*range(10), 15)}  # a whole group, and one question of the next
-    with pope_run._Progress([everything], groups[1:], groups[1::2], done, World(0, 0, 2)) as progress:
+    with Progress("POPE random", 50, groups[1:], groups[1::2], done, World(0, 0, 2)) as progress:
         assert heartbeat._content["step"] == 11
         progress.began -= 10
         progress.add(groups[1])  # 9 of its own 19 questions, of all 39

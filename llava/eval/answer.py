@@ -136,7 +136,9 @@ class Answerer:
             batch_size = 1  # transformers counts the padding of a longer batch among a row's new tokens
         parts = [slice(start, start + batch_size) for start in range(0, len(questions), batch_size)]
         return [
-            said for part in parts for said in self._rows(pixels, questions[part], None if seeds is None else seeds[part])
+            said
+            for part in parts
+            for said in self._rows(pixels, questions[part], None if seeds is None else seeds[part])
         ]
 
     def _draw(self, seeds: Sequence[int] | None) -> Draw | None:

@@ -70,8 +70,8 @@ class AnswerFile:
         missing = [number for number in order if number not in rows]
         if missing:
             raise UserError(
-                f"{self.path}: {len(missing)} answers are missing, the first to question_id {missing[0]} (has another "
-                "run removed its files?); run the same command again, which asks only them",
+                f"{self.path}: {len(missing)} answers are missing, the first of {self.id_key} {missing[0]} (has "
+                "another run removed its files?); run the same command again, which asks only them",
                 everywhere=False,
             )
         merged = [rows[number] for number in order]
@@ -113,8 +113,8 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written ({error.strerror}); make room or pass --output_dir, and run the same command "
-            "again: the answers so far are kept",
+            f"{path}: cannot be written ({error.strerror}); make room and run the same command again: "
+            "the answers so far are kept",
             everywhere=False,
         ) from None
 

@@ -40,9 +40,10 @@ from llava.conversation import template
 from llava.distributed import check_device_variables, read_world, say_device, take_card
 from llava.errors import BrokenImage, UserError, command_line, note, warn
 from llava.eval.answer import Answerer
+from llava.eval.asking import LOG_INTERVAL, Picture
 from llava.eval.diagnostics import FORMAT, Files, files_of, read_diagnostics
 from llava.eval.pope import PROTOCOLS, SETS
-from llava.eval.pope_run import LOG_INTERVAL, Picture, QuestionSet, by_picture, output_dir, read_questions
+from llava.eval.pope_run import QuestionSet, by_picture, output_dir, read_questions
 from llava.files import atomic_write, claim_folder, leftovers, read_object, sha256, whole_lines, write_json
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model

@@ -55,8 +55,10 @@ class Rules:
 
 
 class Sampling(NamedTuple):
-    """What is drawn from: the softmax of scores / ``temperature``, of the ``top_k`` likeliest tokens (0: of all), and of
-    these the likeliest that have the share ``top_p`` together (Holtzman et al. 2020)."""
+    """What is drawn from: the softmax of scores / ``temperature``, of the ``top_k`` likeliest tokens (0: of all).
+
+    Of these, the likeliest that have the share ``top_p`` together (Holtzman et al. 2020).
+    """
 
     temperature: float
     top_p: float = 1.0
