@@ -184,3 +184,25 @@ def test_supervised_training_of_any_part(alone, tmp_path, what, engine):
     one = alone("train_pretrain", flags, on=on)
     check_same(train("train_pretrain", flags, tmp_path / "out", engine, on=on), one, steps=4)
     assert losses(one)[-1]["loss"] < losses(one)[0]["loss"] - 1e-3
+
+
+@pytest.mark.parametrize("pictures", [1, 7])
+def test_ranks_without_a_picture_and_ranks_with_one(tmp_path, pictures):
+    """Text-only rows and pictures mixed under ZeRO-3: in some forwards one rank has no picture, in others neither has.
+
+    Rows come one by one, so the one row of its kind is met beside one of the other kind, whatever the order.
+    """
+    records = json.loads((GOLDEN / "pretrain_data.json").read_text())
+    for record in records:
+        if "<image>" not in record["conversations"][0]["value"]:
+            record["conversations"][0]["value"] += "\n<image>"
+    for record in records[pictures:]:
+        del record["image"]
+        question = record["conversations"][0]
+        question["value"] = question["value"].replace("<image>", "Which of these?").strip()
+    (tmp_path / "mixed.json").write_text(json.dumps(records))
+    flags = ("--train_type", "none", "--version", "v1", "--data_path", tmp_path / "mixed.json")
+    flags += ("--num_train_epochs", 2, "--seed", 3)
+    one = train("train_pretrain", flags, tmp_path / "one")
+    check_same(train("train_pretrain", flags, tmp_path / "two", "zero3"), one, steps=4)
+    assert furthest(weights(one), weights(BASE)) > 1e-3

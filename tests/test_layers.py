@@ -45,6 +45,8 @@ def test_imports_go_one_way():
     for file in (ROOT / "llava").rglob("*.py"):
         if file == ROOT / "llava" / "__init__.py":
             continue  # upstream's ``from llava import LlavaLlamaForCausalLM``, made when it is asked for
+        if file == ROOT / "llava" / "data" / "check.py":
+            continue  # a command, which nothing imports: the data as a training of a model sees them
         room = file.relative_to(ROOT / "llava").parts[0].removesuffix(".py")
         allowed = MAY_IMPORT.get(room, BASE) | {room}
         assert imported_rooms(file) <= allowed, file

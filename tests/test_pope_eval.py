@@ -599,7 +599,7 @@ def test_a_file_without_all_answers_is_not_written(tmp_path):
     file = AnswerFile(tmp_path / "a.jsonl", {})
     file.begin()
     file.append([{"question_id": 1, "answer": "Yes"}])
-    with pytest.raises(UserError, match="2 answers are missing, the first to question_id 5"):
+    with pytest.raises(UserError, match="2 answers are missing, the first of question_id 5"):
         file.finish([1, 5, 2])
     assert list(tmp_path.iterdir()) == [file.part] and list(file.answered()) == [1]
 

@@ -48,7 +48,8 @@ class Mixture(SkippingDataset[Example]):
         self._table = []
         kinds, rows = [], []
         # Every source's keys are looked at before the first, maybe large, file is read.
-        for number, source in enumerate([self._checked(n, s) for n, s in enumerate(_sources(self.path))]):
+        sources = [_checked(f"{self.path}: source {n}", source) for n, source in enumerate(_sources(self.path))]
+        for number, source in enumerate(sources):
             where = f"{self.path}: source {number}"
             folder = source.get("image_folder", image_folder)
             captions = Captions(source["json_path"], folder, builder, skip_missing_images)
@@ -62,23 +63,6 @@ class Mixture(SkippingDataset[Example]):
             kinds.append(np.full(len(seen), number, dtype=np.int32))
             rows.append(seen)
         self._source, self._row = np.concatenate(kinds), np.concatenate(rows)
-
-    def _checked(self, number: int, source: Any) -> dict[str, Any]:
-        where = f"{self.path}: source {number}"
-        field(where, source, "json_path", str)
-        for key in source:
-            if key not in KEYS:
-                raise UserError(f"{where}: unknown key '{key}'; known keys: {', '.join(KEYS)}")
-        existing(source["json_path"], f"{where}: json_path")
-        if "image_folder" in source:
-            field(where, source, "image_folder", str)
-        if "weight" in source:
-            weight = field(where, source, "weight", (int, float))
-            if not (weight > 0 and math.isfinite(weight)):
-                raise UserError(f"{where}: weight {weight}: expected a positive number")
-        if "sampling_strategy" in source:
-            _strategy(field(where, source, "sampling_strategy", str), where)
-        return source
 
     def __len__(self) -> int:
         return len(self._row)
@@ -136,6 +120,36 @@ def open_records(
     if Path(path).suffix.lower() in SUFFIXES:
         return Mixture(path, image_folder, builder, skip_missing_images, seed)
     return Captions(path, image_folder, builder, skip_missing_images)
+
+
+def sources_of(path: str, image_folder: str | None) -> list[tuple[str, str | None]]:
+    """The files of records that ``--data_path`` names, each with the folder of its pictures.
+
+    Raises:
+        UserError: a mixture that cannot be used.
+    """
+    if Path(path).suffix.lower() not in SUFFIXES:
+        return [(path, image_folder)]
+    file = Path(path).expanduser()
+    sources = [_checked(f"{file}: source {n}", source) for n, source in enumerate(_sources(file))]
+    return [(source["json_path"], source.get("image_folder", image_folder)) for source in sources]
+
+
+def _checked(where: str, source: Any) -> dict[str, Any]:
+    field(where, source, "json_path", str)
+    for key in source:
+        if key not in KEYS:
+            raise UserError(f"{where}: unknown key '{key}'; known keys: {', '.join(KEYS)}")
+    existing(source["json_path"], f"{where}: json_path")
+    if "image_folder" in source:
+        field(where, source, "image_folder", str)
+    if "weight" in source:
+        weight = field(where, source, "weight", (int, float))
+        if not (weight > 0 and math.isfinite(weight)):
+            raise UserError(f"{where}: weight {weight}: expected a positive number")
+    if "sampling_strategy" in source:
+        _strategy(field(where, source, "sampling_strategy", str), where)
+    return source
 
 
 def _sources(path: Path) -> list[Any]:

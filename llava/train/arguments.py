@@ -121,7 +121,8 @@ class CaptionArguments(ImageArguments):
     """Data of train_pretrain.py."""
 
     data_path: str | None = field(
-        default=None, metadata={"help": "LLaVA conversation JSON, or a downloaded data set's folder with it"}
+        default=None,
+        metadata={"help": "LLaVA conversation JSON, a downloaded data set's folder with it, or a mixture (YAML)"},
     )
     eval_data_path: str | None = field(default=None, metadata={"help": "the same, held out"})
 

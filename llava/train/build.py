@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from llava.conversation import SeparatorStyle, template, template_of
 from llava.data.collate import Collator, PackingCollator
 from llava.data.examples import ExampleBuilder
-from llava.data.images import ImageLoader
+from llava.data.images import ImageLoader, open_image
 from llava.errors import UserError, note
 from llava.files import existing, read_object
 from llava.model.builder import (
@@ -370,6 +370,33 @@ def example_builder(plan: ModelPlan, version: str) -> ExampleBuilder:
         tokens_per_image=_tokens_per_image(PretrainedConfig(**plan.config)),
         max_length=plan.config["tokenizer_model_max_length"],
         vocab_size=plan.config.get("vocab_size", 32000),
+    )
+
+
+def row_builder(model_args: Any, max_length: int, cache: str | None = None) -> ExampleBuilder:
+    """Records -> rows as a training of this model sees them; neither weights nor pictures are read.
+
+    Raises:
+        UserError: no model that could be trained, or a language model without a ``vision_tower``.
+    """
+    chain = read_chain(model_args.model_name_or_path, "--model_name_or_path", cache)
+    if chain.blank and not model_args.vision_tower:
+        raise UserError(
+            f"--model_name_or_path {model_args.model_name_or_path} is a language model; pass --vision_tower, which "
+            "tells how many tokens a picture takes"
+        )
+    read = blank_config(chain.newest, model_args, cache) if chain.blank else _existing_config(chain, model_args, cache)
+    config = read[0]
+    folder = chain.folder_with("tokenizer_config.json")
+    tokenizer = load_tokenizer(folder, config.get("vocab_size"), model_max_length=max_length, padding_side="right")
+    _settle_template(model_args, config, tokenizer)
+    return ExampleBuilder(
+        tokenizer=tokenizer,
+        template=template(model_args.version),
+        load_image=open_image,
+        tokens_per_image=_tokens_per_image(PretrainedConfig(**config)),
+        max_length=max_length,
+        vocab_size=config.get("vocab_size", 32000),
     )
 
 
