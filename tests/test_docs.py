@@ -21,11 +21,13 @@ if str(ROOT) not in sys.path:
 
 import evaluate_pope  # noqa: E402
 import pope_eval  # noqa: E402
+from llava import chat  # noqa: E402
+from llava.data import check, mixture  # noqa: E402
 from llava.data.preferences import read_desc_pairs, read_own_pairs, read_pope_pairs  # noqa: E402
 from llava.data.supervision import fill_template  # noqa: E402
-from llava.eval import diagnose, pope_questions, report  # noqa: E402
+from llava.eval import diagnose, model_vqa_loader, pope_questions, report  # noqa: E402
 from llava.eval.pope import Confusion, table_header  # noqa: E402
-from llava.model import export  # noqa: E402
+from llava.model import build, export  # noqa: E402
 from llava.train import arguments, parsing  # noqa: E402
 from llava.train.trainable import choose_parts  # noqa: E402
 from slurm import flags as submit_flags  # noqa: E402
@@ -42,8 +44,12 @@ TRAINING = {
 OTHERS = {
     "pope_eval.py": pope_eval,
     "evaluate_pope.py": evaluate_pope,
+    "llava/chat.py": chat,
+    "llava/data/check.py": check,
+    "llava/model/build.py": build,
     "llava/model/export.py": export,
     "llava/eval/diagnose.py": diagnose,
+    "llava/eval/model_vqa_loader.py": model_vqa_loader,
     "llava/eval/pope_questions.py": pope_questions,
     "llava/eval/report.py": report,
 }
@@ -74,12 +80,12 @@ def commands(readme: Path) -> list[list[str]]:
 
 
 def split_launcher(words: list[str]) -> tuple[str, list[str]]:
-    """A command that runs a script, or ``python -m`` a module of ours, -> its file and arguments; unknown launcher
+    """A command that runs a script, or with ``-m`` a module of ours, -> its file and arguments; unknown launcher
     options fail."""
     launcher, rest = words[0], words[1:]
-    if launcher == "python" and rest[0] == "-m":
-        return rest[1].replace(".", "/") + ".py", rest[2:]
     while rest and rest[0].startswith("-"):
+        if rest[0] == "-m" and launcher in ("python", "torchrun"):
+            return rest[1].replace(".", "/") + ".py", rest[2:]
         assert rest[0] in LAUNCHERS[launcher], f"{launcher} {rest[0]}: unknown option"
         rest = rest[2:]
     assert rest, f"{shlex.join(words)}: no script"
@@ -132,6 +138,8 @@ def test_command_parses(
         assert words[1:] == [".venv/bin/activate"]
     elif words[0] == "tensorboard":
         assert words[1] == "--logdir"
+    elif words[0] == "vllm":
+        assert words[1] == "serve" and words[2] == written_by_export()
     elif words[0] == "sbatch":
         check_sbatch(ROOT / words[1], words[2:])
     else:
@@ -151,14 +159,33 @@ def test_command_parses(
         elif script in TRAINING:
             model_args, _, train_args = parse_training(script, argv, tmp_path)
             assert choose_parts(model_args, train_args)
+        elif script.startswith("demo/"):
+            assert not any(word.startswith("-") for word in argv)
         else:
             monkeypatch.setattr(sys, "argv", [script, *argv])
             OTHERS[script].parse_args()
 
 
+def written_by_export() -> str:
+    """The folder that the export before the served one writes."""
+    words = next(w for w in commands(ENGLISH) if "llava.model.export" in w and "./checkpoints/stage2" in w)
+    return words[words.index("--out") + 1]
+
+
+def test_mixture_shown_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, shown = blocks(ENGLISH.read_text(encoding="utf-8"), "yaml")
+    monkeypatch.chdir(tmp_path)
+    for source in yaml.safe_load(shown)["datasets"]:
+        Path(source["json_path"]).parent.mkdir(parents=True)
+        Path(source["json_path"]).touch()
+    Path("mix.yaml").write_text(shown)
+    folders = [folder for _, folder in mixture.sources_of("mix.yaml", None)]
+    assert len(folders) == 3 and all(folders)
+
+
 def test_sweep_shown_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean_environment: None) -> None:
-    (shown,) = blocks(ENGLISH.read_text(encoding="utf-8"), "yaml")
-    assert blocks(CHINESE.read_text(encoding="utf-8"), "yaml") == [shown]
+    shown, mixed = blocks(ENGLISH.read_text(encoding="utf-8"), "yaml")
+    assert blocks(CHINESE.read_text(encoding="utf-8"), "yaml") == [shown, mixed]
     monkeypatch.chdir(tmp_path)
     for text in (shown, (ROOT / "demo" / "sweep.yaml").read_text(encoding="utf-8")):
         sweep = yaml.load(text, Loader=yaml.BaseLoader)
