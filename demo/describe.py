@@ -16,7 +16,8 @@ from llava.conversation import conv_templates
 from llava.errors import command_line
 from llava.eval.answer import Answerer, Question
 from llava.eval.answer_files import AnswerFile
-from llava.eval.pope_run import LOG_INTERVAL, model_key
+from llava.eval.asking import LOG_INTERVAL
+from llava.eval.pope_run import model_key
 from llava.model.builder import load_pretrained_model
 
 BATCH = 20
