@@ -289,14 +289,16 @@ def test_a_job_is_queued_again_no_more_often_than_allowed(cluster, dpo, submit, 
 
 def test_a_cancelled_job_is_reported_without_sacct(cluster, dpo, tmp_path):
     assert cluster.run("sacct").returncode != 0
-    command = ["slurm/submit.py", "--gpus", 1, "--logs", tmp_path, "--watch", "--", *dpo(tmp_path / "out", 4)]
+    # Cancelled long before its end, though ``--watch`` looks only every few seconds.
+    training = dpo(tmp_path / "out", 4, "--max_steps", 20_000)
+    command = ["slurm/submit.py", "--gpus", 1, "--logs", tmp_path, "--watch", "--", *training]
     watching = subprocess.Popen(
         cluster.command(sys.executable, *command), stdout=subprocess.PIPE, text=True, env=cluster.environment
     )
     lines = []
     for line in watching.stdout:
         lines.append(line)
-        if f"step 3/{STEPS}" in line:
+        if "step 3/20000" in line:
             job = re.search(r"job (\d+)", "".join(lines))[1]
             cluster.run("scancel", job)
     assert watching.wait(60) not in (0, None), lines
