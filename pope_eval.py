@@ -77,12 +77,10 @@ def main() -> None:
     questions = {n: read_questions(n, args.pope_path, args.coco_path, args.skip_missing_images) for n in names}
     folder = output_dir(args.model_path, args.output_dir)
 
-    import torch
-
     from llava.command_line import quiet
     from llava.eval.answer import Answerer, default_batch_size
     from llava.eval.pope import table_header, table_row
-    from llava.model.builder import load_pretrained_model
+    from llava.model.builder import load_as_asked
     from llava.run_card import RunCard
 
     quiet()
@@ -90,16 +88,7 @@ def main() -> None:
     device = take_card(world)
     say_device(world)
     which_model = model_key(args.model_path, args.model_base, args.cache_dir)  # refuses a path without a model
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        args.model_path,
-        args.model_base,
-        load_8bit=args.load_8bit,
-        load_4bit=args.load_4bit,
-        device=device,
-        dtype=getattr(torch, args.dtype) if args.dtype else None,
-        attn_implementation=args.attn_implementation,
-        cache_dir=args.cache_dir,
-    )
+    tokenizer, model, image_processor = load_as_asked(args, device)
     answerer = Answerer(
         model, tokenizer, image_processor, conversation, args.max_new_tokens, protocol.suffix, args.scores
     )

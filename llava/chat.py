@@ -34,8 +34,8 @@ from llava.distributed import check_device_variables
 from llava.errors import UserError, command_line, note
 from llava.eval.answer import Answerer
 from llava.mm_utils import preprocess_image, tokenizer_image_token
-from llava.model.builder import load_pretrained_model
-from llava.model.generation import merged_config
+from llava.model.builder import load_as_asked
+from llava.model.generation import Sampling, merged_config
 
 COMMANDS = "/image PATH|URL, /reset, /exit, /help"
 TIMEOUT = 30  # seconds until a URL must have begun to answer
@@ -264,16 +264,7 @@ def open_chat(args: argparse.Namespace) -> Chat:
     """The model that the flags name, ready to talk."""
     check_device_variables()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        args.model_path,
-        args.model_base,
-        load_8bit=args.load_8bit,
-        load_4bit=args.load_4bit,
-        device=device,
-        dtype=getattr(torch, args.dtype) if args.dtype else None,
-        attn_implementation=args.attn_implementation,
-        cache_dir=args.cache_dir,
-    )
+    tokenizer, model, image_processor = load_as_asked(args, device)
     conversation = template(args.conv_mode or template_of(model.config), "--conv-mode")
     # Whose rules about the end of an answer are those of POPE.
     rules = Answerer(model, tokenizer, image_processor, conversation, args.max_new_tokens)
@@ -282,7 +273,7 @@ def open_chat(args: argparse.Namespace) -> Chat:
         do_sample=args.temperature > 0,
         temperature=args.temperature or None,
         top_p=args.top_p if args.temperature else None,
-        top_k=0 if args.temperature else None,
+        top_k=Sampling(args.temperature).top_k if args.temperature else None,
         max_new_tokens=args.max_new_tokens,
         eos_token_id=[ends] if isinstance(ends, int) else ends,
         pad_token_id=rules.settings.pad_token_id,

@@ -145,14 +145,12 @@ def main() -> None:
     if path.is_dir():
         raise UserError(f"--answers-file {path} is a folder; name a file in it")
 
-    import torch
-
     from llava.command_line import quiet
     from llava.eval.answer import Answerer, default_batch_size
     from llava.eval.answer_files import AnswerFile
     from llava.eval.asking import Progress, answered_by, answers_about, in_groups, prepared
     from llava.eval.pope_run import model_key
-    from llava.model.builder import load_pretrained_model
+    from llava.model.builder import load_as_asked
     from llava.model.delta import split_names
     from llava.model.generation import Sampling
 
@@ -161,16 +159,7 @@ def main() -> None:
     device = take_card(world)
     say_device(world)
     which_model = model_key(args.model_path, args.model_base, args.cache_dir)  # refuses a path without a model
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        args.model_path,
-        args.model_base,
-        load_8bit=args.load_8bit,
-        load_4bit=args.load_4bit,
-        device=device,
-        dtype=getattr(torch, args.dtype) if args.dtype else None,
-        attn_implementation=args.attn_implementation,
-        cache_dir=args.cache_dir,
-    )
+    tokenizer, model, image_processor = load_as_asked(args, device)
     conv_mode = args.conv_mode or template_of(model.config)
     sampling = Sampling(args.temperature, args.top_p, args.top_k) if args.temperature else None
     answerer = Answerer(

@@ -6,6 +6,7 @@ explicit dtype, one ``from_pretrained``, which also serves ZeRO-3, device maps a
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import logging
@@ -421,6 +422,26 @@ def load_pretrained_model(
     image_processor = load_image_processor(*chain.folders, tower)
     model.get_vision_tower().image_processor = image_processor
     return tokenizer, model.eval(), image_processor, context_len
+
+
+def load_as_asked(args: argparse.Namespace, device: str) -> tuple[PreTrainedTokenizerBase, Any, CLIPImageProcessorPil]:
+    """``(tokenizer, model, image_processor)`` of the model that the flags of an inference command name.
+
+    Reads of ``args``: model_path, model_base, load_8bit, load_4bit, dtype, attn_implementation, cache_dir.
+
+    Raises:
+        UserError: as ``load_pretrained_model``.
+    """
+    return load_pretrained_model(
+        args.model_path,
+        args.model_base,
+        load_8bit=args.load_8bit,
+        load_4bit=args.load_4bit,
+        device=device,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        attn_implementation=args.attn_implementation,
+        cache_dir=args.cache_dir,
+    )[:3]
 
 
 def _add_image_marks(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
